@@ -1,0 +1,64 @@
+"""What the machine can do at most: large matrix products, and large copies.
+
+    python -m benchmarks.ceilings THREADS      prints one JSON object
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from whisper_max.runtime.hardware import cpu_flags
+
+from .peers import BFLOAT16_FLAGS
+
+SIZE = 2048
+BYTES = 256 << 20
+SECONDS = 1.0  # for each; the best run counts, for it is a ceiling
+
+
+def measure(threads: int) -> dict[str, float | None]:
+    """Giga-operations and gigabytes per second; None for bfloat16 where it would be emulated."""
+    torch.set_num_threads(threads)
+    has_bfloat16 = not BFLOAT16_FLAGS.isdisjoint(cpu_flags())
+    return {
+        "float32_gflops": _product(torch.float32),
+        "bfloat16_gflops": _product(torch.bfloat16) if has_bfloat16 else None,
+        "copy_gbytes": _copy(),
+        "read_gbytes": _read(),
+    }
+
+
+def _product(dtype: torch.dtype) -> float:
+    a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
+    return 2 * SIZE**3 / _best(lambda: a @ b) / 1e9
+
+
+def _copy() -> float:
+    source = torch.zeros(BYTES // 4)
+    target = torch.ones(BYTES // 4)
+    return 2 * BYTES / _best(lambda: target.copy_(source)) / 1e9  # read once, written once
+
+
+def _read() -> float:
+    source = torch.ones(BYTES // 4)
+    return BYTES / _best(source.sum) / 1e9
+
+
+def _best(run: Callable[[], object]) -> float:
+    run()
+    best = float("inf")
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]))))

@@ -1,0 +1,160 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import models, peers, places, scenarios
+
+DEFAULT_MODELS = ("tiny", "base")
+NOT_YET = REFUSED = 2  # exit codes
+
+NO_GPU_GRAPHS = (
+    "There are no graphs for GPUs yet: whisper_max runs models on the CPU, and leaves models on a "
+    "GPU to PyTorch. So there is nothing to {}."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code.
+
+    argv : the arguments, default those of the process
+    """
+    options = _parser().parse_args(argv)
+    if options.command == "gpu-compile":
+        print(NO_GPU_GRAPHS.format("compile for one"), file=sys.stderr)
+        return NOT_YET
+    if options.command == "gpu":
+        print(NO_GPU_GRAPHS.format("measure on one"), file=sys.stderr)
+        return NOT_YET
+    if options.command == "report":
+        return _report(places.PUBLISHED)
+    return _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    # Nothing here is to compete with a peer's process for a CPU.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # These bring in PyTorch and openai-whisper, which the other commands do without.
+    from . import campaign, machine, preparation
+    from .merging import merged, why_apart
+    from .results import load, save
+
+    plan = campaign.Plan(
+        scenarios=options.scenarios,
+        models=("tiny",) if options.quick and options.models is None else _models(options),
+        peers=options.peers,
+        threads=options.threads,
+        repeats=options.repeats,
+        quick=options.quick,
+        work=options.work,
+    )
+    if options.prepare:
+        present, _ = campaign.attendance(plan.entries())
+        preparation.prepare(plan.models, present, plan.threads, plan.work, _say)
+        return 0
+    publish = not options.quick and set(options.peers) == set(peers.PEER)
+    publish = publish and (options.add or set(options.scenarios) == set(scenarios.NAMES))
+    destination = places.PUBLISHED if publish else places.trial(options.work)
+    results = campaign.begin(plan)
+    path = destination.results / f"{options.machine or machine.name_of(results.machine)}.json"
+    earlier = load(path) if options.add and path.exists() else None
+    if earlier is not None and (why := why_apart(earlier, results)):
+        print(f"cannot add to {path}: {why}", file=sys.stderr)
+        return REFUSED
+
+    def keep() -> None:
+        save(results if earlier is None else merged(earlier, results), path)
+
+    campaign.run(plan, results, _say, keep)
+    _say(f"wrote {path} after {results.minutes} minutes")
+    return _report(destination)
+
+
+def _report(destination: places.Destination) -> int:
+    from .report import write
+
+    for path in write(destination):
+        _say(f"wrote {path}")
+    return 0
+
+
+def _models(options: argparse.Namespace) -> tuple[str, ...]:
+    return options.models or DEFAULT_MODELS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure whisper_max and its peers. Without a command: measure and report. "
+        "A run of only some scenarios or peers, or a quick one, is not published: it goes into "
+        "the work folder.",
+    )
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=("measure", "report", "gpu-compile", "gpu"),
+        default="measure",
+        help="report: make tables and plots from the results that are there",
+    )
+    parser.add_argument(
+        "--scenarios",
+        type=_names_of(scenarios.NAMES),
+        default=scenarios.NAMES,
+        metavar="A,B",
+        help=f"of {', '.join(scenarios.NAMES)}",
+    )
+    parser.add_argument(
+        "--models",
+        type=_names_of(models.SIZES),
+        metavar="A,B",
+        help=f"sizes with random weights, of {', '.join(models.SIZES)} "
+        f"(default: {','.join(DEFAULT_MODELS)})",
+    )
+    parser.add_argument(
+        "--peers",
+        type=_names_of(tuple(peers.PEER)),
+        default=tuple(peers.PEER),
+        metavar="A,B",
+        help=f"of {', '.join(peers.PEER)}; all are loaded at once, which takes memory",
+    )
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds of every scenario")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="(default: 2)")
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="publish some scenarios: put them into the results that are there, which must be of "
+        "the same machine and versions",
+    )
+    parser.add_argument("--quick", action="store_true", help="see that it works, measure nothing")
+    parser.add_argument(
+        "--prepare", action="store_true", help="make weights and conversions, and stop"
+    )
+    parser.add_argument("--machine", metavar="NAME", help="of the results file")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=places.WORK,
+        metavar="FOLDER",
+        help="for weights and conversions, a few gigabytes (default: .cache/benchmarks)",
+    )
+    return parser
+
+
+def _names_of(known: Sequence[str]):
+    def names(text: str) -> tuple[str, ...]:
+        chosen = [name.strip() for name in text.split(",")]
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no {unknown[0]!r}; there are {', '.join(known)}")
+        return tuple(name for name in known if name in chosen)
+
+    return names
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

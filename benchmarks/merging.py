@@ -1,0 +1,51 @@
+"""Results of several runs as one, where they may be put together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .results import Results
+
+
+def merged(old: Results, new: Results) -> Results:
+    """The old results, with everything that the new run has measured in its place.
+
+    What was measured in turns is replaced together, so that ratios stay within one run.
+
+    Raises ValueError when they do not belong together.
+    """
+    if why := why_apart(old, new):
+        raise ValueError(why)
+    again = {(one.scenario, one.model) for one in new.measurements}
+    restarted = {one.model for one in new.starts}
+    kept = [one for one in old.measurements if (one.scenario, one.model) not in again]
+    return dataclasses.replace(
+        new,
+        models={**old.models, **new.models},
+        compile_seconds={
+            peer: {**old.compile_seconds.get(peer, {}), **new.compile_seconds.get(peer, {})}
+            for peer in {**old.compile_seconds, **new.compile_seconds}
+        },
+        measurements=kept + new.measurements,
+        thread_scaling=new.thread_scaling or old.thread_scaling,
+        starts=[one for one in old.starts if one.model not in restarted] + new.starts,
+        accuracy=new.accuracy or old.accuracy,
+        first_run=new.first_run or old.first_run,
+        minutes=round(old.minutes + new.minutes, 1),
+    )
+
+
+def why_apart(old: Results, new: Results) -> str:
+    """Why results cannot be put together, "" when they can: one machine, the same versions."""
+    for name, before, now in (
+        ("machine", _identity(old), _identity(new)),
+        ("versions", old.versions, new.versions),
+        ("threads", old.threads, new.threads),
+    ):
+        if before != now:
+            return f"its {name}: {before}, now {now}; measure everything again, without --add"
+    return ""
+
+
+def _identity(results: Results) -> tuple[object, object]:
+    return results.machine["cpu_model"], results.machine["cpus"]

@@ -1,0 +1,94 @@
+"""Tables of what is not measured in turns: fresh processes, accuracy, threads, the first run."""
+
+from __future__ import annotations
+
+from ..peers import BASELINE, PEER
+from ..results import FirstRun, Results
+from ..samples import summarize
+from ..scenarios import SCENARIO
+from .markdown import NONE, duration, percent, significant, table, times
+
+
+def starts_table(results: Results) -> list[str]:
+    """Fresh processes: seconds and memory."""
+    plain = {one.model: one for one in results.starts if one.peer == BASELINE and one.ready}
+    rows = []
+    for one in results.starts:
+        label = f"{PEER[one.peer].label}, {one.model}"
+        if not one.ready:
+            rows.append([label, one.missing.partition(":")[0], *[NONE] * 5])
+            continue
+        ready, first, second = (
+            summarize(values).median for values in (one.ready, one.first, one.second)
+        )
+        peak = summarize(one.peak_mib).median
+        row = [label, duration(ready), duration(first), duration(first - second)]
+        row += [significant(summarize(one.loaded_mib).median), significant(peak)]
+        baseline = plain.get(one.model)
+        row.append(times(peak / summarize(baseline.peak_mib).median) if baseline else NONE)
+        rows.append(row)
+    header = ["", "until loaded", "first window", "over the second", "MiB loaded", "MiB at most"]
+    return table([*header, "of openai-whisper's"], rows)
+
+
+def compile_table(results: Results) -> list[str]:
+    """Compile times of the peers that compile."""
+    rows = [
+        [PEER[name].label, ", ".join(f"{model} {duration(s)}" for model, s in by_model.items())]
+        for name, by_model in results.compile_seconds.items()
+    ]
+    return table(["", "compiling, once"], rows)
+
+
+def accuracy_table(results: Results) -> list[str]:
+    """Word error rates and identical recordings."""
+    rows = []
+    for one in results.accuracy:
+        row = [PEER[one.peer].label, "greedy" if one.beams == 1 else f"beam {one.beams}"]
+        if one.missing:
+            row += [one.missing.partition(":")[0], NONE]
+        else:
+            same = NONE if one.peer == BASELINE else f"{one.identical} of {one.recordings}"
+            row += [percent(one.word_errors), same]
+        rows.append(row)
+    return table(["", "", "word error rate", "recordings with the same tokens"], rows)
+
+
+def scaling_table(results: Results) -> list[str]:
+    """Times with more threads, and how much faster than with one."""
+    measured = {
+        (one.scenario, one.peer, one.threads): summarize(one.samples).median
+        for one in results.thread_scaling
+        if one.samples
+    }
+    counts = sorted({threads for _, _, threads in measured})
+    rows = []
+    for scenario, peer in dict.fromkeys((s, p) for s, p, _ in measured):
+        seconds = [measured.get((scenario, peer, count)) for count in counts]
+        alone, most = seconds[0], seconds[-1]
+        cells = [NONE if value is None else duration(value) for value in seconds]
+        gain = NONE if alone is None or most is None else times(alone / most)
+        rows.append([f"{SCENARIO[scenario].title}: {PEER[peer].label}", *cells, gain])
+    header = [f"{count} thread{'s' if count > 1 else ''}" for count in counts]
+    return table(["", *header, "gain"], rows)
+
+
+def first_run_lines(first_run: FirstRun) -> list[str]:
+    """What the first run cost, in a sentence or two."""
+    count = len(first_run.plain)
+    ratio = first_run.patched[count - 1] / first_run.plain[-1]
+    change = (
+        "The change to MAX did not come while the script ran."
+        if first_run.changed < 0
+        else f"The change to MAX came {duration(first_run.patched[first_run.changed])} after the "
+        f"start, at transcription {first_run.changed + 1}."
+    )
+    texts = "All texts are identical." if first_run.identical else "**Texts differ.**"
+    return [
+        f"A script of {count} transcriptions takes {duration(first_run.plain[-1])} with plain "
+        f"openai-whisper, and {duration(first_run.patched[count - 1])} at its first patched run, "
+        f"while the graphs are compiled beside it: {ratio:.2f} times as long. The first text is "
+        f"there after {duration(first_run.plain[0])} and {duration(first_run.patched[0])}. "
+        f"{change} {texts}",
+        "",
+    ]

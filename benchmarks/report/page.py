@@ -1,0 +1,108 @@
+"""The page with all tables."""
+
+from __future__ import annotations
+
+from ..models import TRAINED
+from ..peers import PEER
+from ..results import Results
+from . import others
+from .limits import ceilings_line, limits_table
+from .markdown import table
+from .speed import ahead_of_us, details, groups, models_of, notes, speed_up_table, title_of
+
+HEAD = """\
+<!-- Written by `python -m benchmarks report` from benchmarks/results. Edits are lost. -->
+
+# Benchmarks
+
+`make bench` measures again, on your machine; `make bench BENCH_FLAGS=--help` tells how to measure
+a part, or other sizes. Every peer runs in a process of its own, with the
+same number of threads and the same weights: random ones of the real sizes, rounded to float16 as
+those of official checkpoints are, or the bundled trained checkpoint. Peers take turns
+(A B C, A B C, …), so that a slow minute falls on all of them. A time is the median of the rounds,
+with the range in which half of them lie; a speed-up is the median of the ratios within each round.
+Every peer decodes the same forced number of tokens, which is checked, with random weights; with
+the trained checkpoint, what it hears.
+"""
+
+EMPTY = "\nNothing has been measured yet.\n"
+
+WORK_NOTE = "Only what no implementation can leave out counts as work (benchmarks/work.py)."
+
+STEP_NOTE = (
+    "CTranslate2 offers no single step: its figures are differences between decoding more tokens "
+    "and fewer, and include the choice of tokens. OpenVINO has an encoder only, converted from "
+    "openai-whisper's."
+)
+
+
+def page(by_machine: dict[str, Results]) -> str:
+    """The whole page.
+
+    by_machine : results by the names of their files
+    """
+    if not by_machine:
+        return HEAD + EMPTY
+    sections = [section(machine, results) for machine, results in by_machine.items()]
+    return "\n".join([HEAD, *sections])
+
+
+def section(machine: str, results: Results) -> str:
+    """Everything about one machine."""
+    lines = [f"## {machine}", "", *_machine_lines(results)]
+    if results.measurements:
+        lines += _speed_lines(machine, results)
+    if results.starts:
+        lines += ["### A fresh process", "", "Graphs were compiled before.", ""]
+        lines += others.starts_table(results)
+    if results.compile_seconds:
+        lines += ["### Compiling", ""]
+        lines += others.compile_table(results)
+    if results.accuracy:
+        lines += ["### Word errors", "", "The bundled recordings and checkpoint.", ""]
+        lines += others.accuracy_table(results)
+    if results.thread_scaling:
+        lines += ["### Threads", "", *others.scaling_table(results)]
+    if results.first_run is not None:
+        lines += ["### The first run", "", _image(machine, "first-run", "first-run timeline"), ""]
+        lines += others.first_run_lines(results.first_run)
+    remarks = [f"- {PEER[name].label}: {why}" for name, why in results.absent.items()]
+    remarks += [f"- {note}" for note in notes(results)]
+    if remarks:
+        lines += ["### Absent, and other remarks", "", *remarks, ""]
+    return "\n".join(lines)
+
+
+def _machine_lines(results: Results) -> list[str]:
+    machine = {name.replace("_", " "): fact for name, fact in results.machine.items()}
+    facts = {**machine, **results.versions}
+    return [
+        f"Measured {results.measured[:10]} in {results.minutes} minutes, with {results.threads} "
+        "threads.",
+        "",
+        *table(["", ""], [[name, str(fact)] for name, fact in facts.items()]),
+    ]
+
+
+def _speed_lines(machine: str, results: Results) -> list[str]:
+    lines = ["### How many times faster than unpatched openai-whisper", ""]
+    lines += [_image(machine, "speed-up", "speed-up per scenario and peer"), ""]
+    for model in models_of(results):
+        named = "the bundled trained model" if model == TRAINED else f"{model}, random weights"
+        lines += [f"**{named}**", "", *speed_up_table(results, model)]
+    ahead = list(ahead_of_us(results))
+    lines += ["### Where another peer is ahead of whisper_max", ""]
+    lines += [*(f"- {line}" for line in ahead), ""] if ahead else ["In no scenario here.", ""]
+    if results.ceilings:
+        lines += ["### Distance to the machine's limits", "", ceilings_line(results), ""]
+        lines += [WORK_NOTE, ""]
+        lines += [_image(machine, "roofline", "part of the ceiling that is reached"), ""]
+        lines += limits_table(results)
+    lines += ["### Times", "", STEP_NOTE, ""]
+    for group in groups(results):
+        lines += [f"**{title_of(group)}, {group[1]}**", "", *details(results, group)]
+    return lines
+
+
+def _image(machine: str, name: str, description: str) -> str:
+    return f"![{description}](benchmarks/{machine}/{name}.svg)"

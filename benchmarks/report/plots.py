@@ -1,0 +1,136 @@
+"""Plots, each as PNG and SVG: speed-up, distance to the limits, timeline of the first run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: no display is needed
+
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from ..peers import PEER  # noqa: E402
+from ..results import FirstRun, Results  # noqa: E402
+from .limits import achieved  # noqa: E402
+from .speed import groups, models_of, peers_of, speed_ups, title_of  # noqa: E402
+
+FORMATS = ("png", "svg")
+# The same results give the same files.
+STYLE = {"svg.hashsalt": "benchmarks", "font.size": 9, "axes.spines.top": False}
+OURS = ("#0b3d91", "#2f6fde", "#8ab4f8")
+OTHERS = ("#8c2d04", "#d94801", "#f16913", "#fdae6b", "#525252", "#969696", "#c7c7c7", "#74c476")
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draws what there are results for; returns the files."""
+    paths = []
+    with pyplot.rc_context(STYLE):
+        for name, figure in _figures(results):
+            folder.mkdir(parents=True, exist_ok=True)
+            for form in FORMATS:
+                path = folder / f"{name}.{form}"
+                metadata = {"Date": None} if form == "svg" else {"Software": None}
+                figure.savefig(path, dpi=110, bbox_inches="tight", metadata=metadata)
+                paths.append(path)
+            pyplot.close(figure)
+    return paths
+
+
+def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
+    if any(speed_ups(results, group) for group in groups(results)):
+        yield "speed-up", speed_up_figure(results)
+    if results.ceilings and any(True for _ in achieved(results)):
+        yield "roofline", roofline_figure(results)
+    if results.first_run is not None:
+        yield "first-run", first_run_figure(results.first_run)
+
+
+def speed_up_figure(results: Results) -> Figure:
+    """Bars: one panel for each model, one cluster for each scenario, one bar for each peer."""
+    models = models_of(results)
+    counts = [sum(model == m for _, m in groups(results)) for model in models]
+    colors = _colors(peers_of(results))
+    figure, panels = pyplot.subplots(
+        len(models),
+        1,
+        figsize=(8, 1.2 + 0.1 * (len(colors) + 2) * sum(counts)),
+        height_ratios=counts,
+        squeeze=False,
+        sharex=True,
+    )
+    for axes, model in zip(panels[:, 0], models):
+        of_model = [group for group in groups(results) if group[1] == model]
+        _clusters(axes, [speed_ups(results, group) for group in of_model], colors)
+        axes.set_yticks(range(len(of_model)), [title_of(group) for group in of_model])
+        axes.set_title(model, loc="left")
+        axes.invert_yaxis()
+    panels[-1, 0].set_xlabel("times faster than unpatched openai-whisper")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    labels = [PEER[name].label for name in colors]
+    figure.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    return figure
+
+
+def roofline_figure(results: Results) -> Figure:
+    """Bars: the part of the machine's ceiling that each peer reaches."""
+    reached = list(achieved(results))
+    rows = list(dict.fromkeys((one.scenario, one.model) for one in reached))
+    colors = _colors([name for name in PEER if any(one.peer == name for one in reached)])
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.1 * (len(colors) + 2) * len(rows)))
+    for row, group in enumerate(rows):
+        parts = {one.peer: one.part for one in reached if (one.scenario, one.model) == group}
+        for place, name in _places(colors):
+            if name in parts:
+                axes.barh(row + place, parts[name], 0.8 / len(colors), color=colors[name])
+    axes.set_yticks(range(len(rows)), [f"{title_of(group)}, {group[1]}" for group in rows])
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("achieved, as a part of large matrix products or of reading memory")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    labels = [PEER[name].label for name in colors]
+    figure.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    return figure
+
+
+def first_run_figure(first_run: FirstRun) -> Figure:
+    """Lines: transcriptions done over time, plain and in the first patched run."""
+    figure, axes = pyplot.subplots(figsize=(8, 3.5))
+    for label, color, done in (
+        ("openai-whisper", OTHERS[0], first_run.plain),
+        ("patched", OURS[0], first_run.patched),
+    ):
+        axes.step([0, *done], range(len(done) + 1), where="post", label=label, color=color)
+    if first_run.changed >= 0:
+        moment = first_run.patched[first_run.changed]
+        axes.axvline(moment, color="black", linewidth=0.8, linestyle="--")
+        axes.text(moment, 0, " MAX takes over", va="bottom")
+    axes.set_xlabel("seconds since the script was started")
+    axes.set_ylabel("transcriptions done")
+    axes.legend(loc="upper left")
+    return figure
+
+
+def _clusters(axes: pyplot.Axes, clusters: list[dict], colors: dict[str, str]) -> None:
+    for row, ratios in enumerate(clusters):
+        for place, name in _places(colors):
+            if name in ratios:
+                ratio = ratios[name]
+                spread = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+                width = 0.8 / len(colors)
+                axes.barh(row + place, ratio.median, width, color=colors[name], xerr=spread)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+
+
+def _places(colors: dict[str, str]) -> Iterator[tuple[float, str]]:
+    """Where each peer's bar stands in its cluster, around 0."""
+    for number, name in enumerate(colors):
+        yield 0.8 * ((number + 0.5) / len(colors) - 0.5), name
+
+
+def _colors(peers: list[str]) -> dict[str, str]:
+    """Shades of blue for whisper_max, other colors for others."""
+    ours, others = iter(OURS), iter(OTHERS)
+    return {name: next(ours if PEER[name].ours else others) for name in peers}

@@ -1,0 +1,62 @@
+"""The README's figures, between two marks."""
+
+from __future__ import annotations
+
+from ..models import TRAINED
+from ..peers import BASELINE, OURS, PEER
+from ..results import Results
+from ..samples import summarize
+from .markdown import NONE, duration, table, times
+from .speed import groups, models_of, speed_ups, title_of
+
+BEGIN = "<!-- figures -->"
+END = "<!-- /figures -->"
+SCENARIOS = ("encoder", "step", "window", "window_beam5", "window_words", "speech")
+PRECISIONS = ("high", "medium", "int8")
+
+
+def block(by_machine: dict[str, Results]) -> str:
+    """The text between the marks: of the machine measured last, the largest model measured."""
+    if not by_machine:
+        return "Not measured yet: `make bench` writes the figures here."
+    results = max(by_machine.values(), key=lambda one: one.measured)
+    sized = [model for model in models_of(results) if model != TRAINED]
+    shown = (*sized[-1:], TRAINED)
+    ours = [f"{OURS}-{precision}" for precision in PRECISIONS]
+    rows = []
+    for group in groups(results):
+        baseline = results.find(*group, BASELINE)
+        if group[0] not in SCENARIOS or group[1] not in shown or baseline is None:
+            continue
+        ratios = {name: ratio.median for name, ratio in speed_ups(results, group).items()}
+        others = {name: ratio for name, ratio in ratios.items() if name not in ours}
+        best = max(others, key=others.get, default=None)
+        rows.append(
+            [
+                f"{title_of(group)} ({group[1]})",
+                duration(summarize(baseline.samples).median),
+                *(times(ratios[name]) if name in ratios else NONE for name in ours),
+                NONE if best is None else f"{times(others[best])} {PEER[best].label}",
+            ]
+        )
+    header = ["", "openai-whisper", *(PEER[name].label for name in ours), "the fastest other"]
+    return "\n".join([*table(header, rows), _legend(results)])
+
+
+def with_block(text: str, figures: str) -> str:
+    """The text with the block in place of what is between the marks, or at the end."""
+    marked = f"{BEGIN}\n{figures}\n{END}"
+    if BEGIN not in text or END not in text:
+        return f"{text.rstrip()}\n\n{marked}\n".lstrip()
+    before, _, rest = text.partition(BEGIN)
+    return before + marked + rest.partition(END)[2]
+
+
+def _legend(results: Results) -> str:
+    cpu, threads = results.machine["cpu_model"], results.threads
+    return (
+        f"Times of unpatched openai-whisper in float32, and how many times faster others are: "
+        f"{cpu}, {threads} threads, {results.measured[:10]}. Sizes are real with random weights; "
+        f"{TRAINED} is the bundled trained model. "
+        "[All figures, and how they were measured](docs/benchmarks.md)"
+    )

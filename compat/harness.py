@@ -1,0 +1,70 @@
+"""Ways to run a model on MAX, and upstream's modules in float64 to hold it against."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import whisper
+from torch import Tensor, nn
+from whisper.model import TextDecoder, Whisper
+
+import whisper_max
+from whisper_max import demo, settings
+from whisper_max.runtime import compilation, storage
+
+
+def compile_all(*weights: str) -> Path:
+    """Compile the graphs for weights held so, several at a time; return the cache folder."""
+    active = settings.active()
+    for policy in ("background", "blocking"):
+        for weight in weights:
+            key = storage.key_of(weight, "float32", active.cpu_level)
+            compilation.ensure(key, active.cache_dir, policy)
+    return active.cache_dir
+
+
+def load_checkpoint() -> Whisper:
+    """The bundled checkpoint, as a script loads it."""
+    return whisper.load_model(str(demo.CHECKPOINT), device="cpu")
+
+
+@contextmanager
+def on_max(precision: str = "high") -> Iterator[None]:
+    """Everything on MAX, or an error."""
+    with whisper_max.patched(mode="strict", compile="blocking", precision=precision):
+        yield
+
+
+@contextmanager
+def with_fallback() -> Iterator[None]:
+    """As users run it: what MAX cannot do, PyTorch does."""
+    with whisper_max.patched(mode="auto", compile="blocking"):
+        yield
+
+
+def on_pytorch(model: Whisper) -> Whisper:
+    """A copy of a model, in upstream's own classes."""
+    return whisper_max.restore(copy.deepcopy(model))
+
+
+def exact(module: nn.Module) -> nn.Module:
+    """A copy of upstream's encoder or decoder that computes in float64 throughout."""
+    twin = copy.deepcopy(module).double()
+    for part in twin.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.__class__ = nn.LayerNorm  # upstream's own goes through float32
+    return twin
+
+
+@torch.no_grad()
+def exact_logits(decoder: TextDecoder, tokens: Tensor, features: Tensor) -> Tensor:
+    """Logits in float64, which upstream's forward would round to float32."""
+    twin = exact(decoder)
+    seen: list[Tensor] = []
+    twin.ln.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    twin(tokens, features.double())
+    return seen[0] @ twin.token_embedding.weight.T

@@ -1,0 +1,39 @@
+"""Fixtures of both suites: each test begins unpatched, and none falls back to PyTorch unseen.
+
+    from isolation import no_silent_fallback, unpatched  # noqa: F401
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from whisper_max import activation, live_models, patching, report, settings
+
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    """Nothing patched or accelerated, settings of the environment, counters at zero, as at first."""
+    report.reset()
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the test itself has put into upstream's place
+        patching.unpatch()
+    settings.activate(None)
+    live_models.restore_all()
+    activation.released.clear()
+    report.reset()
+
+
+@pytest.fixture(autouse=True)
+def no_silent_fallback(request, unpatched):
+    """A call that PyTorch served fails the test, unless it is marked with `allow_fallback`."""
+    yield
+    if request.node.get_closest_marker("allow_fallback") is None:
+        fallen = {
+            target: counted.reasons
+            for target, counted in report.snapshot().targets.items()
+            if counted.torch_calls
+        }
+        assert not fallen, f"PyTorch served calls that MAX should have: {fallen}"

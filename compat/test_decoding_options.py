@@ -1,0 +1,109 @@
+"""Every option of decoding, end to end: the same results as unpatched whisper."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+import whisper
+from whisper.decoding import DecodingOptions, DecodingResult
+
+import tolerances
+from harness import on_max
+from whisper_max import report
+from whisper_max.runtime.decoder_session import DecoderSession
+
+RECORDINGS = Path(__file__).parents[1] / "tests" / "recordings"
+
+OPTIONS = {
+    "greedy": {},
+    "language": {"language": "de"},
+    "task": {"language": "es", "task": "translate"},
+    "temperature": {"temperature": 0.7},
+    "best_of": {"temperature": 0.7, "best_of": 3},
+    "beam_size": {"beam_size": 5},
+    "patience": {"beam_size": 3, "patience": 2.0},
+    "length_penalty": {"beam_size": 3, "length_penalty": 0.6},
+    "prompt": {"prompt": "My mother wants coffee."},
+    "long prompt": {"prompt": list(range(100, 340))},
+    "prefix": {"prefix": "My"},
+    "suppress_tokens": {"suppress_tokens": "-1,50,60"},
+    "no suppress_tokens": {"suppress_tokens": None},
+    "suppress_blank": {"suppress_blank": False},
+    "without_timestamps": {"without_timestamps": True, "language": "en"},
+    "max_initial_timestamp": {"max_initial_timestamp": 0.0},
+    "no max_initial_timestamp": {"max_initial_timestamp": None},
+    "sample_len": {"sample_len": 3},
+    "one token": {"sample_len": 1},
+    "sample_len of beams": {"sample_len": 4, "beam_size": 4},
+    "to the end of the context": {"suppress_tokens": [50257], "sample_len": 448},
+    "beams to the end of the context": {
+        "suppress_tokens": [50257], "sample_len": 448, "beam_size": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def mel():
+    samples, _ = soundfile.read(RECORDINGS / "en02.flac", dtype="float32")
+    return whisper.log_mel_spectrogram(whisper.pad_or_trim(samples))
+
+
+def decode(model, mel, options: dict) -> DecodingResult | list[DecodingResult]:
+    torch.manual_seed(7)
+    return whisper.decode(model, mel, DecodingOptions(fp16=False, **options))
+
+
+def assert_same(found: DecodingResult, expected: DecodingResult) -> None:
+    for field in dataclasses.fields(expected):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        if field.name == "audio_features":
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        elif field.name == "language_probs" and theirs is not None:
+            assert ours == pytest.approx(theirs, abs=tolerances.PROBABILITY)
+        elif isinstance(theirs, float):
+            assert ours == pytest.approx(theirs, abs=tolerances.AVG_LOGPROB, nan_ok=True)
+        else:
+            assert ours == theirs, field.name
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option(plain, checkpoint, mel, name):
+    expected = decode(plain, mel, OPTIONS[name])
+    with on_max():
+        found = decode(checkpoint, mel, OPTIONS[name])
+        assert report.snapshot().targets["decoding_loop"].max_calls > 0
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}], ids=["greedy", "sampling"])
+def test_batch_of_windows(plain, checkpoint, options):
+    names = ("en01", "de01", "silence01")
+    samples = [soundfile.read(RECORDINGS / f"{n}.flac", dtype="float32")[0] for n in names]
+    batch = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(s)) for s in samples])
+    expected = decode(plain, batch, options)
+    with on_max():
+        found = decode(checkpoint, batch, options)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_interrupted_decode_leaves_the_model_usable(plain, checkpoint, mel, monkeypatch):
+    expected = decode(plain, mel, {})
+    select = DecoderSession.select
+    steps = iter(range(100))
+
+    def interrupted(self, *arguments):
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return select(self, *arguments)
+
+    with on_max():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(DecoderSession, "select", interrupted)
+            decode(checkpoint, mel, {})
+        assert not any(module._forward_hooks for module in checkpoint.modules())
+        assert_same(decode(checkpoint, mel, {}), expected)

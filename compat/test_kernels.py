@@ -1,0 +1,169 @@
+"""Each kernel on its own, against PyTorch in float64."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernel_graphs
+from strategies import numbers, seeds
+from tolerances import assert_precise
+from whisper_max import settings
+from whisper_max.runtime import artifacts, compilation, hardware
+from whisper_max.runtime.artifact_key import ArtifactKey
+from whisper_max.runtime.engine import Engine
+from whisper_max.runtime.tensors import int32, to_buffer, to_torch
+from whisper_max.runtime.weights import ABSENT, panels, quantize
+
+# Around the sizes at which the kernels change their ways: few rows or many, one block or several.
+ROWS = st.integers(1, 70) | st.sampled_from([191, 192, 193, 385, 600])
+LENGTHS = st.integers(1, 12).map(lambda n: 16 * n) | st.sampled_from([512, 528, 1024, 1536])
+COLUMNS = st.integers(2, 200) | st.sampled_from([512, 513, 1025])
+
+NONE_VECTOR, NONE_MATRIX = torch.zeros(1), torch.zeros(1, 1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """The graphs of kernel_graphs.py, compiled."""
+    active = settings.active()
+    source = hashlib.sha256(Path(kernel_graphs.__file__).read_bytes()).hexdigest()
+    level = hardware.cpu_level(active.cpu_level)
+    key = ArtifactKey("kernels", "kernel_graphs:build", (("source", source),), "cpu", level)
+    state = compilation.ensure(key, active.cache_dir, "blocking")
+    assert state.ready, state.reason
+    return Engine(artifacts.read(key, active.cache_dir))
+
+
+def run(engine, graph, *operands):
+    buffers = [to_buffer(o) if isinstance(o, torch.Tensor) else o for o in operands]
+    return to_torch(engine.execute(graph, *buffers)[0])
+
+
+def linear_in(dtype, x, weight, bias, norm, gelu, residual):
+    """What the kernel should compute, in PyTorch at the given precision."""
+    x = x.to(dtype)
+    if norm is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm[0].to(dtype), norm[1].to(dtype))
+    y = F.linear(x, weight.to(dtype), bias.to(dtype))
+    y = F.gelu(y) if gelu else y
+    return y if residual is None else y + residual.to(dtype)
+
+
+@given(
+    batch=st.integers(1, 3),
+    rows=ROWS,
+    length=LENGTHS,
+    columns=COLUMNS,
+    stored=st.sampled_from(["float16", "int8"]),
+    norm=st.booleans(),
+    gelu=st.booleans(),
+    residual=st.booleans(),
+    seed=seeds,
+    scale=st.sampled_from([1e-2, 1.0, 10.0]),
+)
+def test_linear(
+    engine, batch, rows, length, columns, stored, norm, gelu, residual, seed, scale
+):
+    x = numbers((batch, rows, length), seed, scale)
+    weight = numbers((columns, length), seed + 1, length**-0.5)
+    bias, added = numbers((columns,), seed + 2), numbers((rows, columns), seed + 3)
+    ln = (1 + 0.2 * numbers((length,), seed + 4), numbers((length,), seed + 5))
+    if stored == "int8":
+        packed, factors = quantize(weight)
+        weight = packed.float() * factors[:, None]
+    else:
+        packed, factors = weight.half(), ABSENT
+        weight = packed.float()
+    found = run(
+        engine,
+        f"linear_{stored}",
+        x,
+        *(ln if norm else (NONE_VECTOR, NONE_VECTOR)),
+        panels(packed),
+        factors,
+        bias,
+        added if residual else NONE_MATRIX,
+        engine.threads,
+        torch.tensor(int(gelu), dtype=torch.int32),
+    )
+    arguments = (x, weight, bias, ln if norm else None, gelu, added if residual else None)
+    assert_precise(
+        found, linear_in(torch.float32, *arguments), linear_in(torch.float64, *arguments)
+    )
+
+
+def test_gelu_everywhere(engine):
+    """Through a layer that is the identity: from where it is zero to where it is the identity."""
+    x = torch.linspace(-12, 12, 64 * 1000).view(1, 1000, 64)
+    found = run(
+        engine,
+        "linear_float16",
+        x,
+        NONE_VECTOR,
+        NONE_VECTOR,
+        panels(torch.eye(64).half()),
+        ABSENT,
+        torch.zeros(64),
+        NONE_MATRIX,
+        engine.threads,
+        torch.tensor(1, dtype=torch.int32),
+    )
+    assert_precise(found, F.gelu(x), F.gelu(x.double()))
+    # Near zero the relative error counts, too.
+    near = x.abs() < 1
+    relative = ((found - F.gelu(x.double())) / F.gelu(x.double()))[near].abs().max()
+    assert relative < 2**-20
+
+
+# Many rows: what gets lost of a mean far from zero is one number per row, and chance.
+@given(st.integers(1, 3), st.integers(20, 70), LENGTHS, seeds, st.sampled_from([0.0, 1.0, 100.0]))
+def test_layer_norm(engine, batch, rows, length, seed, mean):
+    x = numbers((batch, rows, length), seed) + mean
+    weight, bias = numbers((length,), seed + 1), numbers((length,), seed + 2)
+    found = run(engine, "layer_norm", x, weight, bias)
+    exact = F.layer_norm(x.double(), (length,), weight.double(), bias.double())
+    assert_precise(found, F.layer_norm(x, (length,), weight, bias), exact)
+
+
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 60), st.booleans(), seeds)
+def test_conv_patches(engine, batch, channels, frames, of_mel, seed):
+    x = numbers((batch, channels, frames), seed)
+    stride = 1 if of_mel else 2
+    out_frames = -(-frames // stride)
+    expected = F.unfold(x.unsqueeze(2), (1, 3), padding=(0, 1), stride=(1, stride))
+    expected = expected.view(batch, channels, 3, out_frames).permute(0, 3, 2, 1).flatten(2)
+    source = x if of_mel else x.transpose(1, 2)
+    graph = "patches_of_mel" if of_mel else "patches"
+    assert torch.equal(run(engine, graph, source, torch.empty(out_frames)), expected)
+
+
+@given(st.integers(1, 4), st.integers(1, 20), st.integers(2, 100), st.integers(0, 30), seeds)
+def test_embed(engine, rows, count, n_vocab, offset, seed):
+    embedding = numbers((n_vocab, 64), seed).half()
+    positional = numbers((50, 64), seed + 1)
+    tokens = torch.randint(n_vocab, (rows, count), generator=torch.Generator().manual_seed(seed))
+    found = run(
+        engine,
+        "embed",
+        tokens.to(torch.int32),
+        int32([offset, 0]),
+        panels(embedding),
+        ABSENT,
+        torch.zeros(n_vocab),
+        positional,
+    )
+    assert torch.equal(found, embedding[tokens].float() + positional[offset : offset + count])
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.integers(1, 100), seeds)
+def test_take_rows(engine, rows, length, seed):
+    x = numbers((2, 3, length), seed)
+    found = run(engine, "take_rows", x, int32(rows))
+    assert torch.equal(found, x.flatten(0, 1)[rows].unsqueeze(1))

@@ -1,0 +1,134 @@
+"""What is remembered between calls is never wrong: same audio, changed audio, changed weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness import on_pytorch
+from recordings import samples
+from strategies import numbers, small, token_rows
+from whisper_max.runtime.engine import Engine
+
+
+@pytest.fixture
+def executed(monkeypatch) -> Counter:
+    """How often each graph was executed."""
+    counts: Counter = Counter()
+    execute = Engine.execute
+
+    def counting(self, graph, *operands):
+        counts[graph] += 1
+        return execute(self, graph, *operands)
+
+    monkeypatch.setattr(Engine, "execute", counting)
+    return counts
+
+
+@pytest.fixture
+def model(strict):
+    return small().build()
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_same_audio_is_encoded_once(model, executed):
+    mel = numbers((1, 80, 120), 1)
+    first, second, third = model.encoder(mel), model.encoder(mel), model.encoder(mel.clone())
+    assert executed["encoder"] == 1
+    assert torch.equal(first, second) and torch.equal(first, third)
+
+
+def test_edited_audio_is_encoded_anew(model, executed):
+    mel = numbers((1, 80, 120), 1)
+    model.encoder(mel)
+    mel[0, 3, 7] += 1
+    close(model.encoder(mel), on_pytorch(model).encoder(mel))
+    mel.numpy()[0, 4, 8] += 1  # behind PyTorch's back
+    close(model.encoder(mel), on_pytorch(model).encoder(mel))
+    assert executed["encoder"] == 3
+
+
+def test_what_was_returned_is_the_callers(model):
+    mel, features = numbers((1, 80, 120), 1), numbers((1, 60, 128), 2)
+    tokens = token_rows((2, 5), 100, 1)
+    encoded, logits = model.encoder(mel).clone(), model.decoder(tokens, features).clone()
+    for _ in range(2):
+        model.encoder(mel).fill_(-torch.inf)
+        model.decoder(tokens, features).fill_(-torch.inf)
+    assert torch.equal(model.encoder(mel), encoded)
+    assert torch.equal(model.decoder(tokens, features), logits)
+
+
+def test_the_callers_audio_and_features_are_left_alone(model):
+    mel, features = numbers((1, 80, 120), 1), numbers((1, 60, 128), 2)
+    before = mel.clone(), features.clone()
+    model.encoder(mel)
+    model.decoder(token_rows((2, 5), 100, 1), features)
+    assert torch.equal(mel, before[0]) and torch.equal(features, before[1])
+
+
+def test_cross_attention_is_prepared_once_per_window(model, executed):
+    features = numbers((1, 60, 128), 2)
+    for step in range(3):
+        model.decoder(token_rows((2, 5), 100, step), features)
+        model.decoder(token_rows((5, 5), 100, step), features.repeat(5, 1, 1))
+    assert executed["cross_kv"] == 1
+    features[0, 2, 3] += 1
+    tokens = token_rows((2, 5), 100, 9)
+    close(model.decoder(tokens, features), on_pytorch(model).decoder(tokens, features))
+    assert executed["cross_kv"] == 2
+
+
+def test_models_do_not_share_what_is_remembered(strict):
+    one, other = small().build(), small().build()
+    other.encoder.conv1.weight.mul_(1.5)
+    other.decoder.token_embedding.weight.mul_(0.5)
+    mel, features = numbers((1, 80, 120), 1), numbers((1, 60, 128), 2)
+    tokens = token_rows((2, 5), 100, 1)
+    for model in (one, other, one, other):
+        close(model.encoder(mel), on_pytorch(model).encoder(mel))
+        close(model.decoder(tokens, features), on_pytorch(model).decoder(tokens, features))
+
+
+@given(st.data())
+def test_any_order_of_calls_and_edits(strict, data):
+    model = small().build()
+    mels = [numbers((batch, 80, 120), batch) for batch in (1, 2)]
+    choices = st.sampled_from(["call", "edit the audio", "edit a weight", "edit the result"])
+    result = None
+    for _ in range(data.draw(st.integers(1, 8))):
+        mel = data.draw(st.sampled_from(mels))
+        match data.draw(choices):
+            case "edit the audio":
+                mel[0, 5, data.draw(st.integers(0, 119))] += 1
+            case "edit a weight":
+                model.encoder.conv1.bias[data.draw(st.integers(0, 127))] += 0.5
+            case "edit the result":
+                if result is not None:
+                    result.zero_()
+        result = model.encoder(mel)
+        close(result, on_pytorch(model).encoder(mel))
+
+
+def test_one_window_is_encoded_once_for_all_that_transcribe_does(plain, checkpoint, strict, executed):
+    """Detection of the language, every temperature, and word timestamps."""
+    options = {"fp16": False, "word_timestamps": True, "logprob_threshold": 0.0}
+    torch.manual_seed(1)
+    checkpoint.transcribe(
+        samples("en01"), temperature=(0.0, 0.5, 1.0), no_speech_threshold=None, **options
+    )
+    assert executed["encoder"] == 1
+    assert executed["cross_kv"] == 1

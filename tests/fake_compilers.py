@@ -1,0 +1,104 @@
+"""Stand-ins for `compile_to_mef`, run in the compiling process: they finish at once, or break.
+
+Each takes the key and the path to write to, and counts its calls in the file of the key's option
+"count" where there is one.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONTENT = b"not a MEF, but bytes to be stored and found"
+
+
+def count(key):
+    file = dict(key.options).get("count")
+    if file:
+        with open(file, "a") as calls:
+            calls.write("x")
+
+
+def write(key, path):
+    count(key)
+    path.write_bytes(CONTENT)
+
+
+def write_slowly(key, path):
+    count(key)
+    time.sleep(1.5)
+    path.write_bytes(CONTENT)
+
+
+def describe_process(key, path):
+    count(key)
+    descriptors = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            descriptors[name] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the one that listed the folder
+            pass
+    description = {
+        "descriptors": descriptors,
+        "niceness": os.nice(0),
+        "oom_score_adj": Path("/proc/self/oom_score_adj").read_text().strip(),
+        "session": os.getsid(0),
+        "supervisor_session": os.getsid(os.getppid()),
+        "cwd": os.getcwd(),
+        "main": sys.modules["__main__"].__dict__.get("__file__"),
+        "environment": {
+            name: os.environ.get(name)
+            for name in ("MODULAR_CACHE_DIR", "MODULAR_TELEMETRY_ENABLED", "TMPDIR")
+        },
+        "package": sys.modules["whisper_max"].__file__,
+    }
+    path.write_text(json.dumps(description))
+
+
+def crash(key, path):
+    count(key)
+    print("about to crash", flush=True)
+    path.write_bytes(CONTENT)
+    ctypes.string_at(0)
+
+
+def be_killed(key, path):
+    count(key)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_quietly(key, path):
+    count(key)
+    os._exit(3)
+
+
+def run_out_of_memory(key, path):
+    count(key)
+    bytearray(1 << 62)
+
+
+def fill_the_disk(key, path):
+    count(key)
+    path.symlink_to("/dev/full")
+    path.write_bytes(CONTENT)
+
+
+def write_nothing(key, path):
+    count(key)
+
+
+def talk_and_fail(key, path):
+    count(key)
+    print("many words " * 20_000)
+    raise RuntimeError("the last words")
+
+
+def hang(key, path):
+    count(key)
+    helper = subprocess.Popen(["sleep", "600"])
+    Path(dict(key.options)["pids"]).write_text(f"{os.getpid()} {helper.pid}")
+    time.sleep(600)

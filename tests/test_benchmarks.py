@@ -1,0 +1,92 @@
+"""What is published about speed is what the results say, and the command line of the benchmarks."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks import command, places, scenarios
+from benchmarks.report import block, page, with_block, write
+from benchmarks.report.readme import BEGIN, END
+from benchmarks.results import load_all, save
+
+from benchmark_fakes import made_up_results
+
+AGAIN = "run `python -m benchmarks report` and commit what it writes"
+
+
+@pytest.fixture(scope="module")
+def published():
+    return load_all(places.PUBLISHED.results)
+
+
+def test_page_is_what_the_results_make(published):
+    text = places.PUBLISHED.document.read_text(encoding="utf-8")
+    assert text == page(published), AGAIN
+
+
+def test_figures_in_the_readme_are_what_the_results_make(published):
+    text = places.PUBLISHED.readme.read_text(encoding="utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert text == with_block(text, block(published)), AGAIN
+
+
+def test_every_plot_on_the_page_is_there(published):
+    document = places.PUBLISHED.document
+    for target in re.findall(r"!\[[^]]*\]\(([^)]*)\)", page(published)):
+        for suffix in (".svg", ".png"):
+            assert (document.parent / target).with_suffix(suffix).is_file(), AGAIN
+
+
+def test_published_windows_have_the_forced_number_of_tokens(published):
+    for results in published.values():
+        for one in results.measurements:
+            if one.samples and one.scenario.startswith("window"):
+                assert one.tokens == scenarios.FORCED_TOKENS
+
+
+def test_a_changed_result_changes_page_and_readme(tmp_path):
+    destination = places.trial(tmp_path)
+    results = made_up_results()
+    save(results, destination.results / "machine.json")
+    write(destination)
+    first = destination.document.read_text(), destination.readme.read_text()
+    results.measurements[1].samples = [0.01, 0.01, 0.01]
+    save(results, destination.results / "machine.json")
+    write(destination)
+    second = destination.document.read_text(), destination.readme.read_text()
+    assert first[0] != second[0] and first[1] != second[1]
+    write(destination)
+    assert second == (destination.document.read_text(), destination.readme.read_text())
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu-compile"])
+def test_without_graphs_for_gpus_their_commands_say_so(name, capsys):
+    assert command.main([name]) == command.NOT_YET == 2
+    assert "no graphs for GPUs yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"),
+    [
+        ("--scenarios", "encoder,sleep", "first_run"),
+        ("--models", "huge", "large-v2"),
+        ("--peers", "whisper.cpp", "faster-whisper-int8"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_those_that_there_are(option, value, known, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main([option, value])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert repr(value.split(",")[-1]) in message
+    assert known in message
+
+
+def test_names_may_be_given_in_any_order(monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "_measure", lambda options: seen.append(options) or 0)
+    assert command.main(["--scenarios", "start, encoder", "--models", "base,tiny"]) == 0
+    assert seen[0].scenarios == ("encoder", "start")
+    assert seen[0].models == ("tiny", "base")

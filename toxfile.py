@@ -1,0 +1,32 @@
+"""A tox plugin, which tox loads by this file's name: skip where no CPU build of torch is at hand.
+
+Without it such an environment would count as failed. Which builds are at hand is pip's to say:
+PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS may add some.
+"""
+
+from tox.execute.request import StdinSource
+from tox.plugin import impl
+from tox.tox_env.errors import Skip
+
+
+@impl
+def tox_on_install(tox_env, arguments, section, of_type):
+    """Ask pip for the pinned torch, without installing it, before the dependencies go in.
+
+    tox_env : tox.tox_env.api.ToxEnv, the environment that is being made
+    arguments : tox.tox_env.python.pip.req_file.PythonDeps when of_type is "deps"
+    section : str, what the installation belongs to; not needed here
+    of_type : str, "deps" for the environment's own dependencies
+
+    Raises tox's Skip, which tox reports, when pip finds no such build for this Python.
+    """
+    if of_type != "deps":
+        return
+    pins = [line for line in arguments.lines() if line.startswith("torch==")]
+    if not pins:
+        return
+    search = ["python", "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", *pins]
+    found = tox_env.execute(search, stdin=StdinSource.OFF, show=False, run_id="torch")
+    if found.exit_code:
+        python = tox_env.env_site_package_dir().parent.name
+        raise Skip(f"there is no build of {pins[0]} for {python} at hand")

@@ -1,0 +1,132 @@
+"""Word timestamps on MAX: `whisper.timing.find_alignment`.
+
+Upstream's own function runs, on a stand-in for the model: instead of a hooked forward pass on
+PyTorch with its attention taken apart, it gets logits and cross-attention scores from MAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from whisper import timing
+from whisper.model import Whisper
+
+from . import activation, live_models, settings
+from .activation import originals
+from .conditions import bypass_reasons
+from .dispatch import refuse, run
+from .text_decoder import decoder_reasons
+
+if TYPE_CHECKING:
+    from whisper.timing import WordTiming
+    from whisper.tokenizer import Tokenizer
+
+upstream_find_alignment = originals.get("whisper.timing.find_alignment", timing.find_alignment)
+
+
+def find_alignment(
+    model: Whisper,
+    tokenizer: Tokenizer,
+    text_tokens: list[int],
+    mel: Tensor,
+    num_frames: int,
+    *,
+    medfilt_width: int = 7,
+    qk_scale: float = 1.0,
+) -> list[WordTiming]:
+    """Start, end and probability of each word, as upstream's `find_alignment`.
+
+    mel : torch.Tensor, shape = (n_mels, 2 * n_audio_ctx)
+    num_frames : how many of those 10 ms frames hold audio
+
+    Raises UnsupportedByMax in mode "strict" where MAX cannot run the call.
+    """
+
+    def with_model(model: object) -> list[WordTiming]:
+        return upstream_find_alignment(
+            model,
+            tokenizer,
+            text_tokens,
+            mel,
+            num_frames,
+            medfilt_width=medfilt_width,
+            qk_scale=qk_scale,
+        )
+
+    return run(
+        "alignment",
+        activation.why_off("alignment", model.decoder),
+        lambda: with_model(_StandIn(model)),
+        lambda: with_model(model),
+        _differ,
+    )
+
+
+class _StandIn:
+    """As much of a model as find_alignment uses: forward hooks on cross attention, and a call."""
+
+    def __init__(self, model: Whisper) -> None:
+        live_models.adopt(model)
+        if not live_models.is_max(model.decoder):
+            refuse(["the decoder is not on MAX"])
+        # Upstream calls both; the stand-in calls neither.
+        refuse([*bypass_reasons("model", model), *bypass_reasons("decoder", model.decoder)])
+        if type(model).forward is not Whisper.forward:
+            refuse([f"{type(model).__qualname__} has another forward"])
+        self.model = model
+        self.dims = model.dims
+        self.device = model.device
+        self.alignment_heads = model.alignment_heads
+        self._hooks: dict[int, Callable] = {}
+        blocks = [
+            SimpleNamespace(cross_attn=_Hookable(self._hooks, layer))
+            for layer in range(len(model.decoder.blocks))
+        ]
+        self.decoder = SimpleNamespace(blocks=blocks)
+
+    def __call__(self, mel: Tensor, tokens: Tensor) -> Tensor:
+        """Logits, shape = (1, tokens, n_vocab); the hooks get the scores of the alignment heads."""
+        from .runtime.decoder_session import DecoderSession
+        from .runtime.engine import Scores
+
+        features = self.model.encoder(mel)
+        # find_alignment itself has switched SDPA off here, to see what MAX returns anyway.
+        refuse(decoder_reasons(self.model.decoder, tokens, features, sdpa_is_off=True))
+        session = DecoderSession(self.model.decoder, features, 1, settings.active())
+        slots = [[-1] * session.heads for _ in range(session.layers)]
+        heads = self.alignment_heads.indices().T.tolist()
+        for slot, (layer, head) in enumerate(heads):
+            slots[layer][head] = slot
+        count = tokens.shape[1]
+        logits, scores = session.step_with_scores(tokens, range(count), Scores(slots))
+        shape = (1, session.heads, count, features.shape[1])
+        by_layer = {layer: scores.new_zeros(shape) for layer, _ in heads}
+        for slot, (layer, head) in enumerate(heads):
+            by_layer[layer][0, head] = scores[slot, :, : features.shape[1]]
+        for layer, qk in by_layer.items():
+            if layer in self._hooks:
+                self._hooks[layer](None, None, (None, qk))
+        return logits.unsqueeze(0)
+
+
+class _Hookable:
+    """A cross-attention module that can be given one hook."""
+
+    def __init__(self, hooks: dict[int, Callable], layer: int) -> None:
+        self._hooks, self._layer = hooks, layer
+
+    def register_forward_hook(self, hook: Callable) -> SimpleNamespace:
+        self._hooks[self._layer] = hook
+        return SimpleNamespace(remove=lambda: self._hooks.pop(self._layer, None))
+
+
+def _differ(found: list[WordTiming], expected: list[WordTiming]) -> str | None:
+    if [(w.word, w.tokens) for w in found] != [(w.word, w.tokens) for w in expected]:
+        return "the words are others"
+    pairs = list(zip(found, expected))
+    worst = max((max(abs(f.start - e.start), abs(f.end - e.end)) for f, e in pairs), default=0)
+    return f"word times by up to {worst:.2f} s" if worst > 0.02 else None

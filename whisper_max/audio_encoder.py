@@ -1,0 +1,65 @@
+"""The audio encoder on MAX: `whisper.model.AudioEncoder` with another `forward`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from whisper.model import AudioEncoder
+
+from . import activation, settings
+from .activation import originals
+from .class_swap import SwappedModule
+from .conditions import encoder_input_reasons, module_reasons
+from .dispatch import refuse, run
+from .shadow import tensors_differ
+
+UpstreamAudioEncoder: type[AudioEncoder] = originals.get("whisper.model.AudioEncoder", AudioEncoder)
+
+
+class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
+    """openai-whisper's AudioEncoder; its forward runs on MAX where that gives the same result."""
+
+    _upstream = "AudioEncoder"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encodes mel spectrograms, as upstream's `AudioEncoder.forward`.
+
+        x : torch.Tensor, shape = (batch_size, n_mels, 2 * n_audio_ctx), float32 on MAX
+            log-mel spectrograms, 10 ms a frame
+
+        Returns features, shape = (batch_size, n_audio_ctx, n_audio_state), in fresh memory.
+        Raises UnsupportedByMax in mode "strict" where MAX cannot run the call.
+        """
+        if torch.compiler.is_compiling():  # none of our bookkeeping goes into a compiled graph
+            return super().forward(x)
+        return run(
+            "encoder",
+            activation.why_off("encoder", self),
+            lambda: self._on_max(x),
+            lambda: super(MaxAudioEncoder, self).forward(x),
+            tensors_differ,
+        )
+
+    def drop_max_state(self) -> None:
+        """Frees packed weights and remembered results."""
+        from .runtime import model_state
+
+        model_state.drop(self)
+
+    def _on_max(self, mel: Tensor) -> Tensor:
+        from .runtime import model_state
+
+        n_audio_ctx, n_state = self.positional_embedding.shape
+        refuse(
+            [
+                *encoder_input_reasons(mel, self.conv1.weight.shape[1], 2 * n_audio_ctx),
+                *module_reasons(self, n_state),
+            ]
+        )
+        state = model_state.state_of(self, "encoder")
+        ready = state.ready(self, settings.active())
+        features = state.features.find(ready, mel)
+        if features is None:
+            features = ready.engine.encode(ready.packed[0], mel)
+            state.features.keep(ready, mel, features)
+        return features.clone()  # the caller's own, to change as it likes

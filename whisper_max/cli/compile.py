@@ -1,0 +1,46 @@
+"""`whisper-max compile`: prepare the compiled graphs ahead of the first run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import whisper_max
+
+from ..settings import DEVICES, PRECISIONS
+from .errors import CommandError, Parser
+from .sizes import readable
+
+
+def run(arguments: list[str]) -> int:
+    """Compile what the named models need, where it is not there, and wait for it."""
+    options = _parser().parse_args(arguments)
+    files: dict[Path, None] = {}
+    for model in options.models or [None]:
+        try:
+            found = whisper_max.compile(
+                model, precision=options.precision, device=options.device
+            )
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        files.update(dict.fromkeys(found))
+    for file in files:
+        print(f"ready: {file} ({readable(file.stat().st_size)}), for models of every size")
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="whisper-max compile",
+        description="Prepare the compiled graphs, so that the first run needs not. One file serves "
+        "all official models, and nothing is downloaded.",
+    )
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="official names, or checkpoints, of which those whose weights do not fit into "
+        "float16 need a file of their own; default: for the official models",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, help="as for a transcription")
+    parser.add_argument("--device", choices=DEVICES, help="default: cpu")
+    return parser

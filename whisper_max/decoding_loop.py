@@ -1,0 +1,220 @@
+"""Upstream's main loop of a decode with its inner part on MAX: `DecodingTask._main_loop`.
+
+The first step is upstream's in every respect but the decoder's forward pass. From the second on,
+one call decodes a token for each row, applies the logit filters, normalizes and ranks; Python
+keeps the token lists.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from whisper.decoding import BeamSearchDecoder, DecodingTask, GreedyDecoder
+
+from . import activation
+from .activation import originals
+from .conditions import UnsupportedByMax
+from .dispatch import reasons_of, refuse, run
+from .inference import MaxInference
+from .selection import Rules, foreign_filters, in_stock_order
+
+if TYPE_CHECKING:
+    from .runtime.decoder_session import DecoderSession
+    from .runtime.engine import Selection
+
+Decoded = tuple[Tensor, Tensor, list[float]]
+
+upstream_main_loop = originals.get("whisper.decoding.DecodingTask._main_loop", DecodingTask._main_loop)
+
+
+def max_main_loop(self: DecodingTask, audio_features: Tensor, tokens: Tensor) -> Decoded:
+    """Samples until every sequence has ended, as upstream's `DecodingTask._main_loop`.
+
+    audio_features : torch.Tensor, shape = (n_audio, n_audio_ctx, n_audio_state)
+    tokens : torch.Tensor, shape = (n_audio * n_group, initial tokens), integers
+
+    Returns tokens, shape = (n_audio * n_group, length); the sum of log probabilities of each row,
+    float32; and the probability of silence of each row. Raises UnsupportedByMax in mode "strict"
+    where MAX cannot run the decode.
+    """
+    generator = torch.get_rng_state() if _samples(self) else None
+
+    def on_torch() -> Decoded:
+        # MAX may have begun, and failed or been compared: the window starts over.
+        self.decoder.reset()
+        if generator is not None:
+            torch.set_rng_state(generator)
+        return upstream_main_loop(self, audio_features, tokens)
+
+    return run(
+        "decoding_loop",
+        activation.why_off("decoding_loop"),
+        lambda: _on_max(self, audio_features, tokens),
+        on_torch,
+        _differ,
+    )
+
+
+def _on_max(task: DecodingTask, audio_features: Tensor, tokens: Tensor) -> Decoded:
+    refuse(_reasons(task))
+    task.inference.start(tokens, audio_features)
+    try:
+        return _decode(task, task.inference.session, audio_features, tokens)
+    except UnsupportedByMax as failed:
+        task.inference.leave_to_pytorch(reasons_of(failed))
+        raise
+    finally:
+        if task.inference.session is not None:
+            task.inference.cleanup_caching()
+
+
+def _decode(
+    task: DecodingTask, session: DecoderSession, audio_features: Tensor, tokens: Tensor
+) -> Decoded:
+    sum_logprobs = torch.zeros(len(tokens), device=audio_features.device)
+    no_speech_probs = [np.nan] * len(tokens)
+
+    logits = session.prefill(tokens, (task.sot_index, tokens.shape[1] - 1))
+    if task.tokenizer.no_speech is not None:
+        probs_at_sot = logits[:, 0].softmax(dim=-1)
+        no_speech_probs = probs_at_sot[:, task.tokenizer.no_speech].tolist()
+    tokens, completed = _upstream_step(task, logits[:, 1].clone(), tokens, sum_logprobs)
+    if completed or tokens.shape[1] > task.n_ctx or task.sample_len == 1:
+        return tokens, sum_logprobs, no_speech_probs
+    if isinstance(task.decoder, BeamSearchDecoder):
+        tokens = _beam_search(task, session, tokens, sum_logprobs)
+    elif task.decoder.temperature == 0:
+        tokens = _greedy(task, session, tokens, sum_logprobs)
+    else:
+        tokens = _sample(task, session, tokens, sum_logprobs)
+    return tokens, sum_logprobs, no_speech_probs
+
+
+def _upstream_step(
+    task: DecodingTask, logits: Tensor, tokens: Tensor, sum_logprobs: Tensor
+) -> tuple[Tensor, bool]:
+    """Filters logits, shape = (rows, n_vocab), and adds a token to each row, as upstream does."""
+    for logit_filter in task.logit_filters:
+        logit_filter.apply(logits, tokens)
+    return task.decoder.update(tokens, logits, sum_logprobs)
+
+
+def _sample(
+    task: DecodingTask, session: DecoderSession, tokens: Tensor, sum_logprobs: Tensor
+) -> Tensor:
+    """Temperature above 0: upstream draws from torch's generator, from its own filtered logits."""
+    for _ in range(1, task.sample_len):
+        logits = session.step(tokens[:, -1:], range(len(tokens)))
+        tokens, completed = _upstream_step(task, logits, tokens, sum_logprobs)
+        if completed or tokens.shape[1] > task.n_ctx:
+            break
+    return tokens
+
+
+def _greedy(
+    task: DecodingTask, session: DecoderSession, tokens: Tensor, sum_logprobs: Tensor
+) -> Tensor:
+    """`GreedyDecoder.update` at temperature 0, step by step."""
+    rules, eot = Rules.of(task), task.decoder.eot
+    rows = tokens.tolist()
+    sums = sum_logprobs.numpy()  # the caller's own memory
+    selection = _selection(rules, 1, len(rows))
+    for _ in range(1, task.sample_len):
+        last = [row[-1] for row in rows]
+        logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
+        for i, row in enumerate(rows):
+            if row[-1] != eot:
+                sums[i] += logprobs[i, 0]
+            row.append(int(best[i, 0]) if row[-1] != eot else eot)
+        if all(row[-1] == eot for row in rows) or len(rows[0]) > task.n_ctx:
+            break
+    return torch.tensor(rows, device=tokens.device)
+
+
+def _beam_search(
+    task: DecodingTask, session: DecoderSession, tokens: Tensor, sum_logprobs: Tensor
+) -> Tensor:
+    """`BeamSearchDecoder.update`, step by step; beams move by exchanging row numbers."""
+    decoder, rules = task.decoder, Rules.of(task)
+    size, eot = decoder.beam_size, decoder.eot
+    rows = [tuple(row) for row in tokens.tolist()]
+    sums = sum_logprobs.numpy()  # the caller's own memory
+    selection = _selection(rules, size + 1, len(rows))
+    for _ in range(1, task.sample_len):
+        last = [row[-1] for row in rows]
+        logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
+        # float32, as upstream adds them
+        totals = (sums[:, None] + logprobs).tolist()
+        candidates = best.tolist()
+        kept: list[tuple[int, ...]] = []
+        parents: list[int] = []
+        for finished, begin in zip(decoder.finished_sequences, range(0, len(rows), size)):
+            ranked = sorted(
+                (
+                    (total, parent, token)
+                    for parent in range(begin, begin + size)
+                    for total, token in zip(totals[parent], candidates[parent])
+                ),
+                key=lambda candidate: candidate[0],
+                reverse=True,
+            )
+            saved = 0
+            for total, parent, token in ranked:
+                if token == eot:
+                    if len(finished) < decoder.max_candidates:
+                        finished[(*rows[parent], token)] = total
+                    continue
+                sums[len(kept)] = total
+                kept.append((*rows[parent], token))
+                parents.append(parent)
+                saved += 1
+                if saved == size:
+                    break
+        rows = kept
+        session.reorder(parents)
+        full = all(len(f) >= decoder.max_candidates for f in decoder.finished_sequences)
+        if full or len(rows[0]) > task.n_ctx:
+            break
+    return torch.tensor(rows, device=tokens.device)
+
+
+def _selection(rules: Rules, count: int, rows: int) -> Selection:
+    from .runtime.engine import Selection
+
+    return Selection(list(rules.suppressed), rules.n_vocab, count, rows)
+
+
+def _reasons(task: DecodingTask) -> list[str]:
+    """Reasons against decoding this task here rather than step by step in upstream's loop."""
+    reasons = []
+    if type(task) is not DecodingTask:
+        reasons.append(f"the task is a {type(task).__qualname__}, not upstream's DecodingTask")
+    if type(task.inference) is not MaxInference:
+        reasons.append(f"the inference is a {type(task.inference).__qualname__}")
+    if type(task.decoder) not in (GreedyDecoder, BeamSearchDecoder):
+        reasons.append(f"the token decoder is a {type(task.decoder).__qualname__}")
+    elif type(task.decoder).update.__module__ != "whisper.decoding" or "update" in vars(task.decoder):
+        reasons.append("the token decoder's update was replaced")
+    elif isinstance(task.decoder, BeamSearchDecoder) and task.decoder.inference is not task.inference:
+        reasons.append("the token decoder has an inference of its own")
+    if torch.get_default_dtype() is torch.bfloat16:
+        reasons.append("the default dtype is bfloat16, which NumPy has not")
+    if task.sample_len < 1:
+        reasons.append(f"sample_len is {task.sample_len}")
+    reasons += [f"{name} filters the logits" for name in foreign_filters(task.logit_filters)]
+    if not in_stock_order(task.logit_filters, task.sample_begin):
+        reasons.append("the logit filters are not in upstream's order")
+    return reasons
+
+
+def _samples(task: DecodingTask) -> bool:
+    return isinstance(task.decoder, GreedyDecoder) and task.decoder.temperature != 0
+
+
+def _differ(found: Decoded, expected: Decoded) -> str | None:
+    if found[0].tolist() != expected[0].tolist():
+        return f"tokens {found[0].tolist()} for {expected[0].tolist()}"
+    return None

@@ -1,0 +1,75 @@
+"""One call, two paths: MAX where it can, PyTorch where it must, and a record of which it was."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from . import report, settings
+from .conditions import UnsupportedByMax
+
+logger = logging.getLogger("whisper_max")
+
+Result = TypeVar("Result")
+
+OFF = ("disabled", "mode is 'off'")
+"""Reasons that the user gave: mode "strict" does not object to them."""
+
+
+def run(
+    target: str,
+    why_off: str | None,
+    on_max: Callable[[], Result],
+    on_torch: Callable[[], Result],
+    differs: Callable[[Result, Result], str | None],
+) -> Result:
+    """Runs `on_max`, or `on_torch` where that raises UnsupportedByMax.
+
+    why_off : a reason not to try MAX at all, from `activation.why_off`
+    differs : for mode "shadow": says how MAX's result differs from PyTorch's, if it does
+
+    In mode "strict" UnsupportedByMax goes to the caller, in mode "shadow" both run and PyTorch's
+    result is returned. Any other exception is a fault, and goes to the caller in every mode.
+    """
+    mode = settings.active().mode
+    if why_off is not None:
+        return on_pytorch(target, on_torch, [why_off])
+    begin = time.perf_counter()
+    try:
+        result = on_max()
+    except UnsupportedByMax as unsupported:
+        if mode == "strict":
+            raise
+        return on_pytorch(target, on_torch, reasons_of(unsupported))
+    report.record(target, "max", time.perf_counter() - begin)
+    if mode != "shadow":
+        return result
+    expected = on_pytorch(target, on_torch, ["shadow"])
+    difference = differs(result, expected)
+    if difference:
+        logger.warning("%s on MAX differs from PyTorch: %s", target, difference)
+    return expected
+
+
+def on_pytorch(target: str, on_torch: Callable[[], Result], reasons: Sequence[str]) -> Result:
+    """Runs upstream's code, and records it with its reasons."""
+    begin = time.perf_counter()
+    try:
+        return on_torch()
+    finally:
+        report.record(target, "torch", time.perf_counter() - begin, reasons)
+
+
+def refuse(reasons: Sequence[str]) -> None:
+    """Raises UnsupportedByMax with all reasons, if there are any."""
+    if reasons:
+        error = UnsupportedByMax("; ".join(reasons))
+        error.reasons = tuple(reasons)
+        raise error
+
+
+def reasons_of(unsupported: UnsupportedByMax) -> Sequence[str]:
+    """The single reasons behind the exception."""
+    return getattr(unsupported, "reasons", (str(unsupported),))

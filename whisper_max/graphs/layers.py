@@ -1,0 +1,209 @@
+"""The operations that the graphs are written in: whisper_max's Mojo kernels as functions.
+
+A `Layers` holds the weights by name, as `state_dict` does; its methods are the layers of
+openai-whisper's model.py, with the weights looked up by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from max.dtype import DType
+from max.graph import BufferValue, DeviceRef, TensorType, TensorValue, ops
+from max.graph.dim import DimLike
+from max.graph.shape import ShapeLike
+
+from .specification import DECODER_BLOCKS, ENCODER_BLOCKS, Parameter, Storage
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+
+
+class Layers:
+    """The layers of one graph.
+
+    weights : graph inputs by name, as `specification.inputs` lists them
+    threads : shape = (1,), int32; how many threads may work at a time
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, TensorValue],
+        threads: TensorValue,
+        storage: Storage,
+        device: DeviceRef,
+    ) -> None:
+        self.weights = weights
+        self.threads = threads
+        self.storage = storage
+        self.device = device
+
+    def linear(
+        self,
+        x: TensorValue,
+        name: str,
+        *,
+        norm: str | None = None,
+        gelu: bool = False,
+        residual: TensorValue | None = None,
+    ) -> TensorValue:
+        """act(norm(x) @ weight.T + bias) + residual; x, shape = (batch, length, in) -> (..., out).
+
+        `residual`, shape = (length, out), is the same for the whole batch.
+        """
+        none_vector, none_matrix = self._absent(1), self._absent(2)
+        bias = self.weights[f"{name}.bias"]
+        return self._custom(
+            "whisper_linear",
+            [
+                x,
+                self.weights[f"{norm}.weight"] if norm else none_vector,
+                self.weights[f"{norm}.bias"] if norm else none_vector,
+                self.weights[f"{name}.weight"],
+                self.weights[f"{name}.scale"],
+                bias,
+                none_matrix if residual is None else residual,
+                self.threads,
+                ops.constant(int(gelu), DType.int32, self.device),
+            ],
+            (x.shape[0], x.shape[1], bias.shape[0]),
+        )
+
+    def conv_patches(
+        self, x: TensorValue, frames: DimLike, *, channels_first: bool = False, stride: int = 1
+    ) -> TensorValue:
+        """What a convolution of width 3 and padding 1 multiplies, channels of one tap together.
+
+        x, shape = (batch, length, channels), or (batch, channels, length) where `channels_first`,
+        -> (batch, frames, 3 * channels), with `frames` = ceil(length / stride)
+        """
+        channels = x.shape[1 if channels_first else 2]
+        return self._custom(
+            "whisper_conv_patches",
+            [x],
+            (x.shape[0], frames, 3 * channels),
+            channels_first=channels_first,
+            stride=stride,
+        )
+
+    def layer_norm(self, x: TensorValue, name: str) -> TensorValue:
+        """LayerNorm over the last axis of x, shape = (batch, length, n_state)."""
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return self._custom("whisper_layer_norm", [x, weight, bias], x.shape)
+
+    def encoder_blocks(self, x: TensorValue) -> TensorValue:
+        """All residual attention blocks of the encoder; x, shape = (batch, frames, n_state)."""
+        return self._custom(
+            "whisper_encoder_blocks", [x, self.threads, *self._operands(ENCODER_BLOCKS)], x.shape
+        )
+
+    def cross_kv(self, features: TensorValue, keys: BufferValue, values: BufferValue) -> None:
+        """Fills the packed cross-attention caches of all layers from the encoder's output.
+
+        features, shape = (windows, frames, n_state); keys, values, shape = (layers, windows,
+        heads, packed frames * 64)
+        """
+        kv = "decoder.blocks.cross_attn.kv"
+        operands = [self.weights[f"{kv}.{part}"] for part in ("weight", "scale", "bias")]
+        ops.inplace_custom(
+            "whisper_cross_kv",
+            self.device,
+            [keys, values, features, self.threads, *operands],
+            parameters={"width": self.storage.width},
+        )
+
+    def embed(self, tokens: TensorValue, position: TensorValue) -> TensorValue:
+        """Token plus positional embedding of tokens, shape = (rows, tokens)."""
+        positional = self.weights["decoder.positional_embedding"]
+        return ops.custom(
+            "whisper_embed",
+            self.device,
+            [
+                tokens,
+                position,
+                self.weights["decoder.token_embedding.weight"],
+                self.weights["decoder.token_embedding.scale"],
+                positional,
+            ],
+            [self._type((*tokens.shape, positional.shape[1]))],
+        )[0].tensor
+
+    def decoder_blocks(
+        self,
+        x: TensorValue,
+        self_cache: BufferValue,
+        cross_keys: TensorValue,
+        cross_values: TensorValue,
+        source: TensorValue,
+        position: TensorValue,
+        score_slots: TensorValue,
+        score_shape: ShapeLike,
+    ) -> tuple[TensorValue, TensorValue]:
+        """All residual attention blocks of the decoder, for new tokens at position[0].
+
+        x, shape = (rows, tokens, n_state). Returns the new x and the raw cross-attention scores
+        of the heads that `score_slots`, shape = (layers, heads), gives a place.
+        """
+        result, raw_scores = ops.inplace_custom(
+            "whisper_decoder_blocks",
+            self.device,
+            [
+                x,
+                self_cache,
+                cross_keys,
+                cross_values,
+                source,
+                position,
+                score_slots,
+                self.threads,
+                *self._operands(DECODER_BLOCKS),
+            ],
+            [self._type(x.shape), self._type(score_shape)],
+            parameters={"width": self.storage.width},
+        )
+        return result.tensor, raw_scores.tensor
+
+    def take_rows(self, x: TensorValue, rows: TensorValue) -> TensorValue:
+        """The rows of x, shape = (batch, tokens, n_state), with these flat numbers.
+
+        Returns shape = (rows, 1, n_state): each as a sequence of its own.
+        """
+        return self._custom("whisper_take_rows", [x, rows], (rows.shape[0], 1, x.shape[2]))
+
+    def select(
+        self, logits: TensorValue, mask: TensorValue, rules: TensorValue, count: DimLike
+    ) -> tuple[TensorValue, TensorValue]:
+        """The `count` most likely tokens of each row under the decoding rules.
+
+        logits, shape = (rows, 1, n_vocab); mask, (n_vocab,); rules, (rows, 5): kernels/select.mojo
+
+        Returns log probabilities, float32, and tokens, int32, both (rows, count).
+        """
+        shape = (logits.shape[0], count)
+        logprobs, tokens = ops.custom(
+            "whisper_select",
+            self.device,
+            [logits, mask, rules],
+            [self._type(shape), TensorType(DType.int32, shape, self.device)],
+            parameters={"width": self.storage.width},
+        )
+        return logprobs.tensor, tokens.tensor
+
+    def _operands(self, parameters: tuple[Parameter, ...]) -> list[TensorValue]:
+        parts = {"linear": ("weight", "scale", "bias"), "norm": ("weight", "bias")}
+        return [self.weights[f"{p.name}.{part}"] for p in parameters for part in parts[p.kind]]
+
+    def _absent(self, rank: int) -> TensorValue:
+        """An operand whose size matches no layer: the kernel takes it for "none"."""
+        return ops.constant(np.zeros((1,) * rank, np.float32), device=self.device)
+
+    def _type(self, shape: ShapeLike) -> TensorType:
+        return TensorType(DType.float32, shape, self.device)
+
+    def _custom(
+        self, op: str, values: list[TensorValue], shape: ShapeLike, **parameters: bool | int
+    ) -> TensorValue:
+        parameters["width"] = self.storage.width
+        types = [self._type(shape)]
+        return ops.custom(op, self.device, values, types, parameters=parameters)[0].tensor

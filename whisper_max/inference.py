@@ -1,0 +1,147 @@
+"""The decoder inside upstream's decoding loop, on MAX: `whisper.decoding.PyTorchInference`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from whisper.decoding import PyTorchInference
+
+from . import activation, live_models, report, settings
+from .activation import originals
+from .conditions import UnsupportedByMax, bypass_reasons, tokens_reasons
+from .dispatch import on_pytorch, reasons_of, refuse
+from .text_decoder import decoder_reasons
+
+if TYPE_CHECKING:
+    from whisper.model import Whisper
+
+    from .runtime.decoder_session import DecoderSession
+
+UpstreamInference: type[PyTorchInference] = originals.get(
+    "whisper.decoding.PyTorchInference", PyTorchInference
+)
+
+
+class MaxInference(UpstreamInference):
+    """One decode. The path is chosen at its first step and stays, unless MAX fails.
+
+    model : the model that decodes; one loaded before patch() is taken up here
+    initial_token_length : tokens of the prompt, after which one is decoded at a time
+    """
+
+    def __init__(self, model: Whisper, initial_token_length: int) -> None:
+        super().__init__(model, initial_token_length)
+        live_models.adopt(model)
+        self.session: DecoderSession | None = None
+        self._torch_reasons: list[str] | None = None
+
+    def logits(self, tokens: Tensor, audio_features: Tensor) -> Tensor:
+        """Logits of all new tokens, as upstream's `PyTorchInference.logits`.
+
+        tokens : torch.Tensor, shape = (n_batch, current_sequence_length), integers
+        audio_features : torch.Tensor, shape = (n_batch or 1, n_audio_ctx, n_audio_state)
+
+        Returns shape = (n_batch, new tokens, n_vocab), float32, in fresh memory. Raises
+        UnsupportedByMax in mode "strict" where MAX cannot run the decode.
+        """
+        if self.session is None and self._torch_reasons is None:
+            self._choose(tokens, audio_features)
+        if self._torch_reasons is not None:
+            step = super().logits
+            return on_pytorch("inference", lambda: step(tokens, audio_features), self._torch_reasons)
+        begin = time.perf_counter()
+        try:
+            logits = self._step(tokens)
+        except UnsupportedByMax as failed:
+            if settings.active().mode == "strict":
+                raise
+            self.leave_to_pytorch(reasons_of(failed))
+            return on_pytorch(
+                "inference", lambda: self._resume(tokens, audio_features), self._torch_reasons
+            )
+        report.record("inference", "max", time.perf_counter() - begin)
+        return logits
+
+    def rearrange_kv_cache(self, source_indices: list[int]) -> None:
+        """Row i continues what row source_indices[i] was."""
+        if self.session is None:
+            super().rearrange_kv_cache(source_indices)
+        elif len(source_indices) != self.session.rows:
+            pass  # more rows or fewer: the next step refuses, and PyTorch decodes them anew
+        elif source_indices != list(range(len(source_indices))):
+            self.session.reorder(source_indices)
+
+    def cleanup_caching(self) -> None:
+        """Ends the decode; the next one chooses its path anew."""
+        super().cleanup_caching()
+        self.session = None
+        self._torch_reasons = None
+
+    def start(self, tokens: Tensor, audio_features: Tensor) -> None:
+        """Opens the session of this decode; raises UnsupportedByMax with the reasons against it."""
+        from .runtime.decoder_session import DecoderSession
+
+        refuse(inference_reasons(self, tokens, audio_features))
+        self.session = DecoderSession(
+            self.model.decoder, audio_features, len(tokens), settings.active()
+        )
+
+    def leave_to_pytorch(self, reasons: Sequence[str]) -> None:
+        """Ends the session: the rest of this decode runs on PyTorch, for these reasons."""
+        self.session = None
+        self._torch_reasons = list(reasons)
+
+    def _choose(self, tokens: Tensor, audio_features: Tensor) -> None:
+        if settings.active().mode == "shadow":
+            # The main loop is what is compared; this is PyTorch's side of it.
+            self.leave_to_pytorch(["shadow"])
+            return
+        off = activation.why_off("inference", self.model.decoder)
+        if off is not None:  # the user's own wish: mode "strict" does not object
+            self.leave_to_pytorch([off])
+            return
+        try:
+            self.start(tokens, audio_features)
+        except UnsupportedByMax as unsupported:
+            if settings.active().mode == "strict":
+                raise
+            self.leave_to_pytorch(reasons_of(unsupported))
+
+    def _step(self, tokens: Tensor) -> Tensor:
+        if len(tokens) != self.session.rows:
+            refuse([f"the decode began with {self.session.rows} rows and goes on with {len(tokens)}"])
+        decoder = self.model.decoder
+        refuse(tokens_reasons(tokens, tokens.shape[-1], len(decoder.token_embedding.weight)))
+        if tokens.shape[-1] <= self.initial_token_length:
+            return self.session.prefill(tokens, range(tokens.shape[-1]))
+        return self.session.step(tokens[:, -1:], range(len(tokens))).unsqueeze(1)
+
+    def _resume(self, tokens: Tensor, audio_features: Tensor) -> Tensor:
+        """PyTorch takes over in the middle: it decodes all tokens once, then goes on by steps."""
+        new = tokens.shape[-1] if tokens.shape[-1] <= self.initial_token_length else 1
+        self.kv_cache, self.hooks = self.model.install_kv_cache_hooks()
+        return self.model.decoder(tokens, audio_features, kv_cache=self.kv_cache)[:, -new:]
+
+
+def inference_reasons(
+    inference: MaxInference, tokens: Tensor, audio_features: Tensor
+) -> list[str]:
+    """Reasons against a decode on MAX."""
+    model = inference.model
+    reasons = []
+    off = activation.why_off("inference", model.decoder)
+    if off is not None:
+        reasons.append(off)
+    if not live_models.is_max(model.decoder):
+        reasons.append("the decoder is not on MAX")
+    n_text_ctx = len(model.decoder.positional_embedding)
+    if isinstance(audio_features, torch.Tensor) and audio_features.ndim == 3:
+        if audio_features.shape[1] <= n_text_ctx:
+            # Upstream tells cross attention's cache from self-attention's by this length.
+            reasons.append(f"the audio context is not longer than the text context, {n_text_ctx}")
+    reasons += bypass_reasons("decoder", model.decoder)
+    return reasons + decoder_reasons(model.decoder, tokens, audio_features)

@@ -1,0 +1,246 @@
+"""Attention on packed keys and values: softmax(q k^T / 8) v with head_dim 64.
+
+Keys are packed like weights: panels of 32 frames, `[frames / 32, 64, 32]`. Values are two panels
+of 32 channels, `[2, frames, 32]`, frames padded to a multiple of 32 with zeros. Scores of a
+few rows live in a worker's scratch; the score matrix of a window is never formed.
+"""
+
+from std.math import align_up, ceildiv, exp
+from std.memory.alloc import unsafe_alloc
+
+from .gemm import F32, PANEL, Floats, Packed, accumulate, tile_rows
+
+comptime HEAD_DIM = 64
+comptime SCALE: Float32 = 0.125
+"""1 / sqrt(head_dim): a power of two, so that it does not matter where it is applied."""
+comptime SCORE_PADDING = 16
+"""Added to the row distance of the scores: rows of a tile fall into different cache sets."""
+
+
+comptime MASKED: Float32 = -3.0e38
+"""A score that softmax turns into zero."""
+
+
+@always_inline
+def padded(frames: Int) -> Int:
+    """Frames rounded up to whole panels."""
+    return align_up(frames, PANEL)
+
+
+@always_inline
+def head_size(frames: Int) -> Int:
+    """Elements of one head's packed keys, and of its packed values."""
+    return padded(frames) * HEAD_DIM
+
+
+def pack_keys[
+    type: DType
+](source: Floats, row_stride: Int, frames: Int, to: Packed[type]):
+    """Packs the keys of one head; frame `f` of the source starts at `f * row_stride`."""
+    for panel in range(ceildiv(frames, PANEL)):
+        for d in range(HEAD_DIM):
+            var line = to.unsafe_offset((panel * HEAD_DIM + d) * PANEL)
+            var at = panel * PANEL
+            var valid = min(PANEL, frames - at)
+            for lane in range(valid):
+                line.unsafe_offset(lane).unsafe_store(
+                    source.unsafe_offset((at + lane) * row_stride + d).unsafe_load().cast[type]()
+                )
+            for lane in range(valid, PANEL):
+                line.unsafe_offset(lane).unsafe_store(Scalar[type](0))
+
+
+def pack_values[
+    type: DType, width: Int
+](source: Floats, row_stride: Int, frames: Int, to: Packed[type]):
+    """Packs the values of one head."""
+    var length = padded(frames)
+    for half in range(HEAD_DIM // PANEL):
+        for frame in range(length):
+            var line = to.unsafe_offset((half * length + frame) * PANEL)
+            comptime for lane in range(0, PANEL, width):
+                var x = SIMD[F32, width](0)
+                if frame < frames:
+                    x = source.unsafe_offset(
+                        frame * row_stride + half * PANEL + lane
+                    ).unsafe_load[width=width]()
+                line.unsafe_offset(lane).unsafe_store(x.cast[type]())
+
+
+@always_inline
+def softmax(scores: Floats, count: Int, length: Int) -> Float32:
+    """Exponentiates `scores[:count]` less their maximum, clears the rest up to `length`.
+
+    Returns the sum. `length` is a multiple of a panel, so that vectors overlap.
+    """
+    for i in range(count, length):
+        scores.unsafe_offset(i).unsafe_store(MASKED)
+    var highest = SIMD[F32, PANEL](MASKED)
+    for i in range(0, length, PANEL):
+        highest = max(highest, scores.unsafe_offset(i).unsafe_load[width=PANEL]())
+    var shift = highest.reduce_max()
+    var total = SIMD[F32, PANEL](0)
+    for i in range(0, length, PANEL):
+        var e = exp(scores.unsafe_offset(i).unsafe_load[width=PANEL]() - shift)
+        scores.unsafe_offset(i).unsafe_store(e)
+        total += e
+    return total.reduce_add()
+
+
+@fieldwise_init
+struct Attention[type: DType, width: Int](ImplicitlyCopyable):
+    """Rows of queries against one head's packed keys and values.
+
+    Row `r` of the queries starts at `r * query_stride`, of the output at `r * output_stride`.
+    Where `raw_scores` is set, the scaled scores before softmax are copied there, row by row at a
+    distance of `padded(frames)`: word timestamps are read from them.
+    """
+
+    var output: Floats
+    var output_stride: Int
+    var query: Floats
+    var query_stride: Int
+    var keys: Packed[Self.type]
+    var values: Packed[Self.type]
+    var frames: Int
+    var raw_scores: Floats
+    var wants_scores: Bool
+
+    def run(self, rows: Int):
+        """Attends with all rows, as many at a time as the registers hold."""
+        comptime largest = tile_rows[Self.width]()
+        var stride = padded(self.frames) + SCORE_PADDING
+        var scores = unsafe_alloc[Float32](largest * stride)
+        var row = 0
+        comptime for tile in range(4):
+            comptime count = (largest, 5, 2, 1)[tile]
+            comptime if count <= largest:
+                while row + count <= rows:
+                    self.tile[count](scores, stride, row)
+                    row += count
+        scores.unsafe_free()
+
+    @always_inline
+    def tile[rows: Int](self, scores: Floats, stride: Int, row: Int):
+        """Attends with `rows` rows from `row` on."""
+        var length = padded(self.frames)
+        var query = self.query.unsafe_offset(row * self.query_stride)
+        for panel in range(length // PANEL):
+            comptime for part in range(PANEL // (2 * Self.width)):
+                var offset = part * 2 * Self.width
+                var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
+                accumulate[rows, Self.width](
+                    sums,
+                    query,
+                    self.query_stride,
+                    self.keys.unsafe_offset(panel * HEAD_DIM * PANEL + offset),
+                    HEAD_DIM,
+                )
+                comptime for i in range(2 * rows):
+                    scores.unsafe_offset(
+                        (i // 2) * stride + panel * PANEL + offset + (i % 2) * Self.width
+                    ).unsafe_store(sums[i] * SCALE)
+        if self.wants_scores:
+            for r in range(rows):
+                for i in range(length):
+                    self.raw_scores.unsafe_offset((row + r) * length + i).unsafe_store(
+                        scores.unsafe_offset(r * stride + i).unsafe_load()
+                    )
+        var totals = Array[Float32, rows](fill=0)
+        comptime for r in range(rows):
+            totals[r] = softmax(scores.unsafe_offset(r * stride), self.frames, length)
+        comptime for part in range(HEAD_DIM // (2 * Self.width)):
+            comptime column = part * 2 * Self.width
+            var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
+            accumulate[rows, Self.width](
+                sums,
+                scores,
+                stride,
+                self.values.unsafe_offset((column // PANEL) * length * PANEL + column % PANEL),
+                length,
+            )
+            comptime for i in range(2 * rows):
+                self.output.unsafe_offset(
+                    (row + i // 2) * self.output_stride + column + (i % 2) * Self.width
+                ).unsafe_store(sums[i] / totals[i // 2])
+
+
+@fieldwise_init
+struct SelfAttention[width: Int](ImplicitlyCopyable):
+    """Causal self-attention of the decoder over an append-only cache.
+
+    `cache` is one layer's `[2, rows, heads, context, 64]`, keys then values. A row that branched
+    off another (beam search) owns only what it appended: the key of position `p` of row `b`
+    stands in row `source[b, p]` of the cache.
+    """
+
+    var output: Floats
+    var qkv: Floats
+    var cache: Floats
+    var source: Pointer[Int32, MutUntrackedOrigin]
+    var cache_rows: Int
+    var heads: Int
+    var context: Int
+    var offset: Int
+    var tokens: Int
+
+    @always_inline
+    def at(self, kind: Int, row: Int, head: Int, position: Int) -> Floats:
+        """One position of one head: 64 floats of the keys (`kind` 0) or the values (1)."""
+        return self.cache.unsafe_offset(
+            (((kind * self.cache_rows + row) * self.heads + head) * self.context + position)
+            * HEAD_DIM
+        )
+
+    def append(self, row: Int, head: Int):
+        """Writes the new keys and values of one row and head into the cache."""
+        var n = self.heads * HEAD_DIM
+        for i in range(self.tokens):
+            var new = self.qkv.unsafe_offset((row * self.tokens + i) * 3 * n + head * HEAD_DIM)
+            for kind in range(2):
+                comptime for d in range(0, HEAD_DIM, Self.width):
+                    self.at(kind, row, head, self.offset + i).unsafe_offset(d).unsafe_store(
+                        new.unsafe_offset((kind + 1) * n + d).unsafe_load[width=Self.width]()
+                    )
+
+    def run(self, row: Int, head: Int):
+        """Appends, then attends with every new token of one row and head."""
+        comptime vectors = HEAD_DIM // Self.width
+        var n = self.heads * HEAD_DIM
+        self.append(row, head)
+        var scores = unsafe_alloc[Float32](align_up(self.offset + self.tokens, PANEL))
+        for i in range(self.tokens):
+            var query = self.qkv.unsafe_offset((row * self.tokens + i) * 3 * n + head * HEAD_DIM)
+            var q = Array[SIMD[F32, Self.width], vectors](fill=SIMD[F32, Self.width](0))
+            comptime for v in range(vectors):
+                q[v] = query.unsafe_offset(v * Self.width).unsafe_load[width=Self.width]()
+            var count = self.offset + i + 1
+            for p in range(count):
+                var key = self.at(0, self.row_of(row, p), head, p)
+                var product = SIMD[F32, Self.width](0)
+                comptime for v in range(vectors):
+                    product = q[v].fma(
+                        key.unsafe_offset(v * Self.width).unsafe_load[width=Self.width](), product
+                    )
+                scores.unsafe_offset(p).unsafe_store(product.reduce_add() * SCALE)
+            var total = softmax(scores, count, align_up(count, PANEL))
+            var sums = Array[SIMD[F32, Self.width], vectors](fill=SIMD[F32, Self.width](0))
+            for p in range(count):
+                var value = self.at(1, self.row_of(row, p), head, p)
+                var weight = SIMD[F32, Self.width](scores.unsafe_offset(p).unsafe_load())
+                comptime for v in range(vectors):
+                    sums[v] = weight.fma(
+                        value.unsafe_offset(v * Self.width).unsafe_load[width=Self.width](), sums[v]
+                    )
+            comptime for v in range(vectors):
+                self.output.unsafe_offset(
+                    (row * self.tokens + i) * n + head * HEAD_DIM + v * Self.width
+                ).unsafe_store(sums[v] / total)
+        scores.unsafe_free()
+
+    @always_inline
+    def row_of(self, row: Int, position: Int) -> Int:
+        """The cache row that holds a position: the new tokens of a row are its own."""
+        if position >= self.offset:
+            return row
+        return Int(self.source.unsafe_offset(row * self.context + position).unsafe_load())

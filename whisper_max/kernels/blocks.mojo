@@ -1,0 +1,439 @@
+"""The residual attention blocks of the encoder and of the decoder, all layers in one op each.
+
+Weights are stacked over the layers. Names and order are those of `ResidualAttentionBlock` in
+openai-whisper's model.py, with query, key and value of self-attention as one projection.
+"""
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+from extensibility import _MutableInputTensor as MutableInputTensor
+from max.algorithm import sync_parallelize
+from max.gpu.host import DeviceContext
+from std.math import ceildiv
+from std.memory.alloc import unsafe_alloc
+
+from .attention import (
+    HEAD_DIM, Attention, SelfAttention, head_size, pack_keys, pack_values, padded
+)
+from .gemm import F32, Floats, Packed, copy, raw
+from .phases import Phases, team_size
+from .projection import Norm, Projection
+
+comptime QUERY_ROWS = 192
+"""Queries of one head that one worker attends with at a time."""
+
+
+@always_inline
+def norm_of(
+    weight: InputTensor[dtype=F32, rank=2, ...], bias: InputTensor[dtype=F32, rank=2, ...], layer: Int
+) -> Norm:
+    """The LayerNorm of one layer."""
+    var length = weight.dim_size(1)
+    return Norm(
+        raw(weight.unsafe_ptr()).unsafe_offset(layer * length),
+        raw(bias.unsafe_ptr()).unsafe_offset(layer * length),
+        length,
+    )
+
+
+@always_inline
+def linear[
+    type: DType, //, width: Int
+](
+    output: Floats,
+    x: Floats,
+    rows: Int,
+    weight: InputTensor[dtype=type, rank=4, ...],
+    scale: InputTensor[dtype=F32, rank=2, ...],
+    bias: InputTensor[dtype=F32, rank=2, ...],
+    layer: Int,
+    norm: Norm,
+    residual: Bool,
+    gelu: Bool,
+) -> Projection[type, width]:
+    """The projection of one layer; `residual` adds to what the output holds."""
+    var length = weight.dim_size(2)
+    var columns = bias.dim_size(1)
+    return Projection[type, width](
+        output,
+        x,
+        raw(weight.unsafe_ptr()).unsafe_offset(
+            layer * weight.dim_size(1) * length * weight.dim_size(3)
+        ),
+        raw(scale.unsafe_ptr()).unsafe_offset(layer * scale.dim_size(1)),
+        raw(bias.unsafe_ptr()).unsafe_offset(layer * columns),
+        output,
+        norm,
+        rows,
+        length,
+        columns,
+        rows if residual else 0,
+        scale.dim_size(1) == columns,
+        gelu,
+    )
+
+
+@always_inline
+def project[
+    type: DType, width: Int, //
+](mut phases: Phases, team: Int, projection: Projection[type, width]):
+    """One phase: a linear layer."""
+    var chunks = projection.chunks(team)
+
+    @always_inline
+    def part(chunk: Int) {var projection, var chunks, imm}:
+        projection.run(chunk, chunks)
+
+    phases.run(chunks, part)
+
+
+@extensibility.register("whisper_encoder_blocks")
+struct EncoderBlocks:
+    @staticmethod
+    def execute[
+        target: StaticString, type: DType, //, width: Int
+    ](
+        output: OutputTensor[dtype=F32, rank=3, ...],
+        x: InputTensor[dtype=F32, rank=3, ...],
+        threads: InputTensor[dtype=DType.int32, rank=1, ...],
+        attn_ln_weight: InputTensor[dtype=F32, rank=2, ...],
+        attn_ln_bias: InputTensor[dtype=F32, rank=2, ...],
+        qkv_weight: InputTensor[dtype=type, rank=4, ...],
+        qkv_scale: InputTensor[dtype=F32, rank=2, ...],
+        qkv_bias: InputTensor[dtype=F32, rank=2, ...],
+        out_weight: InputTensor[dtype=type, rank=4, ...],
+        out_scale: InputTensor[dtype=F32, rank=2, ...],
+        out_bias: InputTensor[dtype=F32, rank=2, ...],
+        mlp_ln_weight: InputTensor[dtype=F32, rank=2, ...],
+        mlp_ln_bias: InputTensor[dtype=F32, rank=2, ...],
+        mlp_0_weight: InputTensor[dtype=type, rank=4, ...],
+        mlp_0_scale: InputTensor[dtype=F32, rank=2, ...],
+        mlp_0_bias: InputTensor[dtype=F32, rank=2, ...],
+        mlp_2_weight: InputTensor[dtype=type, rank=4, ...],
+        mlp_2_scale: InputTensor[dtype=F32, rank=2, ...],
+        mlp_2_bias: InputTensor[dtype=F32, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """All blocks of the encoder: x, shape (batch, frames, n_state); threads[0] at most."""
+        var batch = x.dim_size(0)
+        var frames = x.dim_size(1)
+        var n = x.dim_size(2)
+        var rows = batch * frames
+        var heads = n // HEAD_DIM
+        var layers = attn_ln_weight.dim_size(0)
+        var team = team_size(threads)
+        var stream = raw(output.unsafe_ptr())
+        copy[width](raw(x.unsafe_ptr()), stream, rows * n)
+        # The hidden layer of the MLP (4n) takes the place of qkv (3n) and the attended values (n).
+        var hidden = unsafe_alloc[Float32](rows * 4 * n)
+        var attended = hidden.unsafe_offset(rows * 3 * n)
+        var keys = unsafe_alloc[Float32](2 * batch * heads * head_size(frames))
+        var values = keys.unsafe_offset(batch * heads * head_size(frames))
+        var phases = Phases(6 * layers)
+        var query_blocks = ceildiv(frames, QUERY_ROWS)
+
+        @always_inline
+        def pack(chunk: Int) {var hidden, var keys, var values, var heads, var frames, var n, imm}:
+            """Packs keys and values of one head of one window."""
+            var qkv = hidden.unsafe_offset(
+                (chunk // heads) * frames * 3 * n + (chunk % heads) * HEAD_DIM
+            )
+            var at = chunk * head_size(frames)
+            pack_keys(qkv.unsafe_offset(n), 3 * n, frames, keys.unsafe_offset(at))
+            pack_values[width=width](
+                qkv.unsafe_offset(2 * n), 3 * n, frames, values.unsafe_offset(at)
+            )
+
+        @always_inline
+        def attend(
+            chunk: Int
+        ) {
+            var hidden, var attended, var keys, var values, var heads, var frames, var n,
+            var query_blocks, imm
+        }:
+            """Attends with a block of queries of one head of one window."""
+            var head = chunk // query_blocks
+            var begin = frames * (chunk % query_blocks) // query_blocks
+            var end = frames * (chunk % query_blocks + 1) // query_blocks
+            var row = (head // heads) * frames + begin
+            var column = (head % heads) * HEAD_DIM
+            Attention[F32, width](
+                attended.unsafe_offset(row * n + column),
+                n,
+                hidden.unsafe_offset(row * 3 * n + column),
+                3 * n,
+                keys.unsafe_offset(head * head_size(frames)),
+                values.unsafe_offset(head * head_size(frames)),
+                frames,
+                attended,
+                False,
+            ).run(end - begin)
+
+        def worker(
+            index: Int
+        ) {
+            var stream, var hidden, var attended, var rows, var layers, var team, var phases,
+            var batch, var heads, var query_blocks, imm
+        }:
+            var phase = phases
+            var none = Norm(stream, stream, 0)
+            for layer in range(layers):
+                var attn_ln = norm_of(attn_ln_weight, attn_ln_bias, layer)
+                var mlp_ln = norm_of(mlp_ln_weight, mlp_ln_bias, layer)
+                project(phase, team, linear[width](
+                    hidden, stream, rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln, False, False
+                ))
+                phase.run(batch * heads, pack)
+                phase.run(batch * heads * query_blocks, attend)
+                project(phase, team, linear[width](
+                    stream, attended, rows, out_weight, out_scale, out_bias, layer, none, True, False
+                ))
+                project(phase, team, linear[width](
+                    hidden, stream, rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln, False, True
+                ))
+                project(phase, team, linear[width](
+                    stream, hidden, rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none, True, False
+                ))
+
+        sync_parallelize(worker, team)
+        phases.free()
+        hidden.unsafe_free()
+        keys.unsafe_free()
+
+
+@extensibility.register("whisper_decoder_blocks")
+struct DecoderBlocks:
+    @staticmethod
+    def execute[
+        target: StaticString, type: DType, cache_type: DType, //, width: Int
+    ](
+        output: OutputTensor[dtype=F32, rank=3, ...],
+        raw_scores: OutputTensor[dtype=F32, rank=3, ...],
+        x: InputTensor[dtype=F32, rank=3, ...],
+        self_cache: MutableInputTensor[dtype=F32, rank=6, ...],
+        cross_keys: InputTensor[dtype=cache_type, rank=4, ...],
+        cross_values: InputTensor[dtype=cache_type, rank=4, ...],
+        source: InputTensor[dtype=DType.int32, rank=2, ...],
+        position: InputTensor[dtype=DType.int32, rank=1, ...],
+        score_slots: InputTensor[dtype=DType.int32, rank=2, ...],
+        threads: InputTensor[dtype=DType.int32, rank=1, ...],
+        attn_ln_weight: InputTensor[dtype=F32, rank=2, ...],
+        attn_ln_bias: InputTensor[dtype=F32, rank=2, ...],
+        qkv_weight: InputTensor[dtype=type, rank=4, ...],
+        qkv_scale: InputTensor[dtype=F32, rank=2, ...],
+        qkv_bias: InputTensor[dtype=F32, rank=2, ...],
+        out_weight: InputTensor[dtype=type, rank=4, ...],
+        out_scale: InputTensor[dtype=F32, rank=2, ...],
+        out_bias: InputTensor[dtype=F32, rank=2, ...],
+        cross_attn_ln_weight: InputTensor[dtype=F32, rank=2, ...],
+        cross_attn_ln_bias: InputTensor[dtype=F32, rank=2, ...],
+        cross_query_weight: InputTensor[dtype=type, rank=4, ...],
+        cross_query_scale: InputTensor[dtype=F32, rank=2, ...],
+        cross_query_bias: InputTensor[dtype=F32, rank=2, ...],
+        cross_out_weight: InputTensor[dtype=type, rank=4, ...],
+        cross_out_scale: InputTensor[dtype=F32, rank=2, ...],
+        cross_out_bias: InputTensor[dtype=F32, rank=2, ...],
+        mlp_ln_weight: InputTensor[dtype=F32, rank=2, ...],
+        mlp_ln_bias: InputTensor[dtype=F32, rank=2, ...],
+        mlp_0_weight: InputTensor[dtype=type, rank=4, ...],
+        mlp_0_scale: InputTensor[dtype=F32, rank=2, ...],
+        mlp_0_bias: InputTensor[dtype=F32, rank=2, ...],
+        mlp_2_weight: InputTensor[dtype=type, rank=4, ...],
+        mlp_2_scale: InputTensor[dtype=F32, rank=2, ...],
+        mlp_2_bias: InputTensor[dtype=F32, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """All blocks of the decoder for `tokens` new positions of each row.
+
+        x and output: (rows, tokens, n_state). self_cache: (layers, 2, cache rows, heads, context,
+        64), appended in place at `position[0]`. cross_keys and cross_values: (layers, windows,
+        heads, packed); rows are grouped by window, rows / windows each. source: (rows, context),
+        the cache row of each earlier position. score_slots: (layers, heads), where in
+        raw_scores (slots, rows * tokens, padded frames) a head's scores go, or -1.
+        """
+        var rows = x.dim_size(0)
+        var tokens = x.dim_size(1)
+        var n = x.dim_size(2)
+        var all_rows = rows * tokens
+        var heads = n // HEAD_DIM
+        var layers = attn_ln_weight.dim_size(0)
+        var windows = cross_keys.dim_size(1)
+        var group = (rows // windows) * tokens
+        var head_elements = cross_keys.dim_size(3)
+        var offset = Int(position.unsafe_ptr().unsafe_load())
+        var frames = Int(position.unsafe_ptr().unsafe_offset(1).unsafe_load())
+        var score_size = all_rows * padded(frames)
+        var team = team_size(threads)
+        var stream = raw(output.unsafe_ptr())
+        copy[width](raw(x.unsafe_ptr()), stream, all_rows * n)
+        # The hidden layer of the MLP (4n) takes the place of qkv (3n) and the attended values (n).
+        var hidden = unsafe_alloc[Float32](all_rows * 4 * n)
+        var attended = hidden.unsafe_offset(all_rows * 3 * n)
+        var scores = raw(raw_scores.unsafe_ptr())
+        var keys = raw(cross_keys.unsafe_ptr())
+        var values = raw(cross_values.unsafe_ptr())
+        var slots = raw(score_slots.unsafe_ptr())
+        var phases = Phases(8 * layers)
+        var self_attention = SelfAttention[width](
+            attended,
+            hidden,
+            raw(self_cache.unsafe_ptr()),
+            raw(source.unsafe_ptr()),
+            self_cache.dim_size(2),
+            heads,
+            self_cache.dim_size(4),
+            offset,
+            tokens,
+        )
+        var cache_size = 2 * self_attention.cache_rows * heads * self_attention.context * HEAD_DIM
+
+        def worker(
+            index: Int
+        ) {
+            var stream, var hidden, var attended, var scores, var keys, var values, var slots,
+            var all_rows, var layers, var team, var phases, var rows, var windows, var heads,
+            var group, var head_elements, var frames, var score_size, var self_attention,
+            var cache_size, var n, imm
+        }:
+            var phase = phases
+            var none = Norm(stream, stream, 0)
+            for layer in range(layers):
+                var attn_ln = norm_of(attn_ln_weight, attn_ln_bias, layer)
+                var cross_ln = norm_of(cross_attn_ln_weight, cross_attn_ln_bias, layer)
+                var mlp_ln = norm_of(mlp_ln_weight, mlp_ln_bias, layer)
+                var attention = self_attention
+                attention.cache = attention.cache.unsafe_offset(layer * cache_size)
+
+                @always_inline
+                def attend(chunk: Int) {var attention, var heads, imm}:
+                    """Self-attention of one head of one row."""
+                    attention.run(chunk // heads, chunk % heads)
+
+                @always_inline
+                def cross_attend(
+                    chunk: Int
+                ) {
+                    var hidden, var attended, var scores, var keys, var values, var slots, var n,
+                    var group, var heads, var windows, var head_elements, var frames,
+                    var score_size, var layer, imm
+                }:
+                    """Cross attention of one head, for all rows that share one window."""
+                    var window = chunk // heads
+                    var head = chunk % heads
+                    var at = window * group * n + head * HEAD_DIM
+                    var packed = ((layer * windows + window) * heads + head) * head_elements
+                    var slot = Int(slots.unsafe_offset(layer * heads + head).unsafe_load())
+                    Attention[cache_type, width](
+                        attended.unsafe_offset(at),
+                        n,
+                        hidden.unsafe_offset(at),
+                        n,
+                        keys.unsafe_offset(packed),
+                        values.unsafe_offset(packed),
+                        frames,
+                        scores.unsafe_offset(
+                            max(slot, 0) * score_size + window * group * padded(frames)
+                        ),
+                        slot >= 0,
+                    ).run(group)
+
+                project(phase, team, linear[width](
+                    hidden, stream, all_rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln,
+                    False, False,
+                ))
+                phase.run(rows * heads, attend)
+                project(phase, team, linear[width](
+                    stream, attended, all_rows, out_weight, out_scale, out_bias, layer, none,
+                    True, False,
+                ))
+                project(phase, team, linear[width](
+                    hidden, stream, all_rows, cross_query_weight, cross_query_scale,
+                    cross_query_bias, layer, cross_ln, False, False,
+                ))
+                phase.run(windows * heads, cross_attend)
+                project(phase, team, linear[width](
+                    stream, attended, all_rows, cross_out_weight, cross_out_scale, cross_out_bias,
+                    layer, none, True, False,
+                ))
+                project(phase, team, linear[width](
+                    hidden, stream, all_rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln,
+                    False, True,
+                ))
+                project(phase, team, linear[width](
+                    stream, hidden, all_rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none,
+                    True, False,
+                ))
+
+        sync_parallelize(worker, team)
+        phases.free()
+        hidden.unsafe_free()
+
+
+@extensibility.register("whisper_cross_kv")
+struct CrossKV:
+    @staticmethod
+    def execute[
+        target: StaticString, type: DType, cache_type: DType, //, width: Int
+    ](
+        keys: MutableInputTensor[dtype=cache_type, rank=4, ...],
+        values: MutableInputTensor[dtype=cache_type, rank=4, ...],
+        features: InputTensor[dtype=F32, rank=3, ...],
+        threads: InputTensor[dtype=DType.int32, rank=1, ...],
+        kv_weight: InputTensor[dtype=type, rank=4, ...],
+        kv_scale: InputTensor[dtype=F32, rank=2, ...],
+        kv_bias: InputTensor[dtype=F32, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Cross-attention keys and values of all layers, packed into their caches.
+
+        features: (windows, frames, n_state). keys and values: (layers, windows, heads, packed).
+        """
+        var windows = features.dim_size(0)
+        var frames = features.dim_size(1)
+        var n = kv_bias.dim_size(1) // 2
+        var heads = n // HEAD_DIM
+        var layers = kv_bias.dim_size(0)
+        var elements = keys.dim_size(3)
+        var rows = windows * frames
+        var team = team_size(threads)
+        var x = raw(features.unsafe_ptr())
+        var to_keys = raw(keys.unsafe_ptr())
+        var to_values = raw(values.unsafe_ptr())
+        var projected = unsafe_alloc[Float32](rows * 2 * n)
+        var phases = Phases(2 * layers)
+
+        def worker(
+            index: Int
+        ) {
+            var x, var to_keys, var to_values, var projected, var phases, var windows, var frames,
+            var n, var heads, var layers, var elements, var rows, var team, imm
+        }:
+            var phase = phases
+            var none = Norm(x, x, 0)
+            for layer in range(layers):
+
+                @always_inline
+                def pack(
+                    chunk: Int
+                ) {
+                    var to_keys, var to_values, var projected, var windows, var frames, var n,
+                    var heads, var elements, var layer, imm
+                }:
+                    """Packs one head of one window."""
+                    var at = projected.unsafe_offset(
+                        (chunk // heads) * frames * 2 * n + (chunk % heads) * HEAD_DIM
+                    )
+                    var to = (layer * windows * heads + chunk) * elements
+                    pack_keys(at, 2 * n, frames, to_keys.unsafe_offset(to))
+                    pack_values[width=width](
+                        at.unsafe_offset(n), 2 * n, frames, to_values.unsafe_offset(to)
+                    )
+
+                project(phase, team, linear[width](
+                    projected, x, rows, kv_weight, kv_scale, kv_bias, layer, none, False, False
+                ))
+                phase.run(windows * heads, pack)
+
+        sync_parallelize(worker, team)
+        phases.free()
+        projected.unsafe_free()

@@ -1,0 +1,60 @@
+"""Register-tiled products with packed panels: the inner loop that the other kernels share.
+
+A panel holds 32 columns of the right-hand side, `[length, 32]`, so that one row of it is one
+cache line in float16. A tile is `rows x 2 * width` accumulators that stay in vector registers
+while `length` is walked once.
+"""
+
+comptime PANEL = 32
+"""Columns in one packed panel."""
+
+comptime F32 = DType.float32
+comptime Floats = Pointer[Float32, MutUntrackedOrigin]
+comptime Packed[type: DType] = Pointer[Scalar[type], MutUntrackedOrigin]
+
+
+@always_inline
+def raw[type: DType](pointer: Pointer[Scalar[type], _]) -> Packed[type]:
+    """The address without its origin: the graph keeps every operand alive during a call."""
+    return Packed[type](unsafe_from_address=Int(pointer))
+
+
+@always_inline
+def copy[width: Int](source: Floats, to: Floats, count: Int):
+    """Copies `count` floats."""
+    var whole = count - count % width
+    for i in range(0, whole, width):
+        to.unsafe_offset(i).unsafe_store(source.unsafe_offset(i).unsafe_load[width=width]())
+    for i in range(whole, count):
+        to.unsafe_offset(i).unsafe_store(source.unsafe_offset(i).unsafe_load())
+
+
+@always_inline
+def tile_rows[width: Int]() -> Int:
+    """Rows of the largest tile whose accumulators fit the vector registers."""
+    return 12 if width >= 16 else 4
+
+
+@always_inline
+def accumulate[
+    type: DType, //, rows: Int, width: Int
+](
+    mut sums: Array[SIMD[F32, width], 2 * rows],
+    a: Floats,
+    row_stride: Int,
+    panel: Packed[type],
+    length: Int,
+):
+    """Adds `a[rows, length] @ panel[length, 2 * width]` to the sums.
+
+    Row `r` of `a` starts at `r * row_stride`. `panel` points at a panel or, where two vectors
+    are narrower than a panel, at a part of one.
+    """
+    for k in range(length):
+        var line = panel.unsafe_offset(k * PANEL)
+        var left = line.unsafe_load[width=width]().cast[F32]()
+        var right = line.unsafe_offset(width).unsafe_load[width=width]().cast[F32]()
+        comptime for r in range(rows):
+            var x = SIMD[F32, width](a.unsafe_offset(r * row_stride + k).unsafe_load())
+            sums[2 * r] = x.fma(left, sums[2 * r])
+            sums[2 * r + 1] = x.fma(right, sums[2 * r + 1])

@@ -1,0 +1,199 @@
+"""What stands before and after the blocks: convolution, embedding, norms, single projections."""
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+from max.algorithm import sync_parallelize
+from max.gpu.host import DeviceContext
+
+from .gemm import F32, PANEL, copy, raw
+from .phases import team_size
+from .projection import Norm, Projection
+
+comptime FRAME_BLOCK = 256
+"""Frames that one worker takes patches of."""
+
+
+@extensibility.register("whisper_linear")
+struct Linear:
+    @staticmethod
+    def execute[
+        target: StaticString, type: DType, //, width: Int
+    ](
+        output: OutputTensor[dtype=F32, rank=3, ...],
+        x: InputTensor[dtype=F32, rank=3, ...],
+        ln_weight: InputTensor[dtype=F32, rank=1, ...],
+        ln_bias: InputTensor[dtype=F32, rank=1, ...],
+        weight: InputTensor[dtype=type, rank=3, ...],
+        scale: InputTensor[dtype=F32, rank=1, ...],
+        bias: InputTensor[dtype=F32, rank=1, ...],
+        residual: InputTensor[dtype=F32, rank=2, ...],
+        threads: InputTensor[dtype=DType.int32, rank=1, ...],
+        gelu: Int32,
+        ctx: DeviceContext,
+    ) raises:
+        """One linear layer. ln_weight, scale or residual of another size: without it.
+
+        x: (batch, length, in); weight: (panels, in, 32); output: (batch, length, out). residual:
+        (length, out), the same for the whole batch.
+        """
+        var columns = bias.dim_size(0)
+        var length = x.dim_size(2)
+        var projection = Projection[type, width](
+            raw(output.unsafe_ptr()),
+            raw(x.unsafe_ptr()),
+            raw(weight.unsafe_ptr()),
+            raw(scale.unsafe_ptr()),
+            raw(bias.unsafe_ptr()),
+            raw(residual.unsafe_ptr()),
+            Norm(
+                raw(ln_weight.unsafe_ptr()),
+                raw(ln_bias.unsafe_ptr()),
+                length if ln_weight.dim_size(0) == length else 0,
+            ),
+            x.dim_size(0) * x.dim_size(1),
+            length,
+            columns,
+            residual.dim_size(0) if residual.dim_size(1) == columns else 0,
+            scale.dim_size(0) == columns,
+            gelu == 1,
+        )
+        var chunks = projection.chunks(team_size(threads))
+
+        def part(chunk: Int) {var projection, var chunks, imm}:
+            projection.run(chunk, chunks)
+
+        sync_parallelize(part, chunks)
+
+
+@extensibility.register("whisper_conv_patches")
+struct ConvPatches:
+    @staticmethod
+    def execute[
+        target: StaticString, channels_first: Bool, stride: Int, width: Int
+    ](
+        output: OutputTensor[dtype=F32, rank=3, ...],
+        x: InputTensor[dtype=F32, rank=3, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """The patches that a convolution of width 3 and padding 1 multiplies.
+
+        x: (batch, channels, frames) or (batch, frames, channels); output: (batch, out_frames,
+        3 * channels), out_frames = ceil(frames / stride).
+        """
+        comptime channel_axis = 1 if channels_first else 2
+        var channels = x.dim_size(channel_axis)
+        var frames = x.dim_size(3 - channel_axis)
+        var out_frames = output.dim_size(1)
+        var source = raw(x.unsafe_ptr())
+        var to = raw(output.unsafe_ptr())
+
+        var blocks = (out_frames + FRAME_BLOCK - 1) // FRAME_BLOCK
+
+        def block(
+            index: Int
+        ) {
+            var source, var to, var channels, var frames, var out_frames, var blocks, imm
+        }:
+            var batch = index // blocks
+            var begin = (index % blocks) * FRAME_BLOCK
+            var first = source.unsafe_offset(batch * channels * frames)
+            for frame in range(begin, min(begin + FRAME_BLOCK, out_frames)):
+                for tap in range(3):
+                    var at = frame * stride + tap - 1
+                    var row = to.unsafe_offset(
+                        ((batch * out_frames + frame) * 3 + tap) * channels
+                    )
+                    if at < 0 or at >= frames:
+                        for c in range(channels):
+                            row.unsafe_offset(c).unsafe_store(Float32(0))
+                    elif channels_first:
+                        for c in range(channels):
+                            row.unsafe_offset(c).unsafe_store(
+                                first.unsafe_offset(c * frames + at).unsafe_load()
+                            )
+                    else:
+                        copy[width](first.unsafe_offset(at * channels), row, channels)
+
+        sync_parallelize(block, x.dim_size(0) * blocks)
+
+
+@extensibility.register("whisper_layer_norm")
+struct LayerNorm:
+    @staticmethod
+    def execute[
+        target: StaticString, //, width: Int
+    ](
+        output: OutputTensor[dtype=F32, rank=3, ...],
+        x: InputTensor[dtype=F32, rank=3, ...],
+        weight: InputTensor[dtype=F32, rank=1, ...],
+        bias: InputTensor[dtype=F32, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """LayerNorm over the last axis."""
+        var n = x.dim_size(2)
+        var norm = Norm(raw(weight.unsafe_ptr()), raw(bias.unsafe_ptr()), n)
+        var source = raw(x.unsafe_ptr())
+        var to = raw(output.unsafe_ptr())
+        for row in range(x.dim_size(0) * x.dim_size(1)):
+            norm.copy[width](
+                source.unsafe_offset(row * n), n, 0, n, to.unsafe_offset(row * n)
+            )
+
+
+@extensibility.register("whisper_embed")
+struct Embed:
+    @staticmethod
+    def execute[
+        target: StaticString, type: DType, //
+    ](
+        output: OutputTensor[dtype=F32, rank=3, ...],
+        tokens: InputTensor[dtype=DType.int32, rank=2, ...],
+        position: InputTensor[dtype=DType.int32, rank=1, ...],
+        weight: InputTensor[dtype=type, rank=3, ...],
+        scale: InputTensor[dtype=F32, rank=1, ...],
+        positional: InputTensor[dtype=F32, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Token embedding, taken out of the packed (panels, n_state, 32) matrix, plus position.
+
+        tokens: (rows, tokens); output: (rows, tokens, n_state); positions start at position[0].
+        """
+        var count = tokens.dim_size(1)
+        var n = output.dim_size(2)
+        var offset = Int(position.unsafe_ptr().unsafe_load())
+        var scaled = scale.dim_size(0) > 1
+        for row in range(tokens.dim_size(0) * count):
+            var token = Int(tokens.unsafe_ptr().unsafe_offset(row).unsafe_load())
+            var factor = scale.unsafe_ptr().unsafe_offset(token).unsafe_load() if scaled else 1
+            for k in range(n):
+                var embedded = weight.unsafe_ptr().unsafe_offset(
+                    ((token // PANEL) * n + k) * PANEL + token % PANEL
+                ).unsafe_load().cast[F32]()
+                output.unsafe_ptr().unsafe_offset(row * n + k).unsafe_store(
+                    embedded * factor
+                    + positional.unsafe_ptr()
+                    .unsafe_offset((offset + row % count) * n + k)
+                    .unsafe_load()
+                )
+
+
+@extensibility.register("whisper_take_rows")
+struct TakeRows:
+    @staticmethod
+    def execute[
+        target: StaticString, //, width: Int
+    ](
+        output: OutputTensor[dtype=F32, rank=3, ...],
+        x: InputTensor[dtype=F32, rank=3, ...],
+        rows: InputTensor[dtype=DType.int32, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """The rows of x, shape (batch, tokens, n_state), whose flat numbers are asked for."""
+        var n = x.dim_size(2)
+        for i in range(rows.dim_size(0)):
+            var row = Int(rows.unsafe_ptr().unsafe_offset(i).unsafe_load())
+            copy[width](
+                raw(x.unsafe_ptr()).unsafe_offset(row * n),
+                raw(output.unsafe_ptr()).unsafe_offset(i * n),
+                n,
+            )

@@ -1,0 +1,178 @@
+"""Models already loaded: run their encoder and decoder on MAX by swapping two classes, and back.
+
+`model.encoder.__class__ = MaxAudioEncoder` changes what `forward` does and nothing else:
+parameters, buffers, state_dict keys, hooks, isinstance and every reference to the module survive.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakSet
+
+from . import activation, settings, versions
+from .conditions import UnsupportedByMax
+from .report import refusal_lines
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger("whisper_max")
+
+Model = TypeVar("Model", bound="nn.Module")
+
+# Modules swapped because a decode came by while their target was patched; unpatch() undoes them.
+_adopted: WeakSet[nn.Module] = WeakSet()
+
+
+def accelerate(model: Model) -> Model:
+    """Run the encoder and decoder of a loaded model on MAX from the next call on.
+
+    Works with and without patch(), and again does nothing. A module is taken only if its class is
+    exactly upstream's: subclasses and forks stay on PyTorch, with the reason in the log.
+
+    model : whisper.model.Whisper; it is changed in place and returned
+
+    Raises TypeError when the model has no encoder and decoder, and in mode "strict"
+    UnsupportedByMax, before anything is changed, when either of them cannot be taken.
+    """
+    modules = dict(_encoder_and_decoder(model))
+    refused = {}
+    for target, module in modules.items():
+        if reasons := _reasons_against(target, module):
+            refused[target] = reasons
+    lines = refusal_lines(refused)
+    if refused and settings.active().mode == "strict":
+        raise UnsupportedByMax("; ".join(lines))
+    for line in lines:
+        logger.info("accelerate(model): %s", line)
+    for target in modules.keys() - refused.keys():
+        module = modules[target]
+        module.__class__ = max_class(target)
+        activation.accelerated.add(module)
+        activation.released.discard(module)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Give the encoder and decoder back to PyTorch, and keep them there until accelerate(model).
+
+    The model is changed in place and returned. Raises TypeError as accelerate() does.
+    """
+    for _, module in _encoder_and_decoder(model):
+        _swap_back(module)
+        activation.released.add(module)
+    return model
+
+
+def refresh(model: Model) -> Model:
+    """Take the weights of `model` anew at the next call.
+
+    Needed only after changing weights in a way that PyTorch does not count: through `.data`, or
+    through a NumPy or DLPack view. Other changes are noticed. Raises TypeError as accelerate().
+    """
+    for _, module in _encoder_and_decoder(model):
+        forget(module)
+    return model
+
+
+def adopt(model: nn.Module) -> None:
+    """Take up a model loaded before patch(), when it comes by for a decode.
+
+    Swaps the modules whose target is patched and whose class is exactly upstream's, unless
+    restore(model) released them. Cheap when there is nothing to do.
+    """
+    for target in ("encoder", "decoder"):
+        # Upstream's inference takes whatever has a decoder: the other part may not be there.
+        module = getattr(model, target, None)
+        if not activation.is_active(target) or module in activation.released:
+            continue
+        cls = max_class(target)
+        if type(module) is upstream_class(cls):
+            module.__class__ = cls
+            _adopted.add(module)
+
+
+def release_adopted() -> None:
+    """Swap back what `adopt` swapped: the state of live models before patch().
+
+    Models made while patched keep our class, which is upstream's in all but name now; what MAX
+    kept for them is freed.
+    """
+    for module in list(_adopted):
+        if module not in activation.accelerated:
+            _swap_back(module)
+    _adopted.clear()
+    model_state = sys.modules.get(f"{__package__}.runtime.model_state")
+    if model_state is not None:  # otherwise nothing has run on MAX
+        model_state.drop_all(keep=activation.accelerated)
+
+
+def restore_all() -> None:
+    """Swap back every live model, whether a decode or accelerate(model) took it up."""
+    release_adopted()
+    for module in list(activation.accelerated):
+        _swap_back(module)
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what MAX keeps for this module (packed weights, remembered results), if anything."""
+    if is_max(module):
+        module.drop_max_state()
+
+
+def is_max(module: nn.Module) -> bool:
+    """Whether the class of `module` is exactly one of ours, not a subclass of it."""
+    return type(module).__module__ in ("whisper_max.audio_encoder", "whisper_max.text_decoder")
+
+
+def max_class(target: str) -> type[nn.Module]:
+    """Our class for "encoder" or "decoder"."""
+    if target == "encoder":
+        from .audio_encoder import MaxAudioEncoder
+
+        return MaxAudioEncoder
+    from .text_decoder import MaxTextDecoder
+
+    return MaxTextDecoder
+
+
+def upstream_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of whisper.model that `cls` extends: the one imported with it, before patch()."""
+    return next(base for base in cls.__mro__[1:] if base.__module__ == "whisper.model")
+
+
+def _encoder_and_decoder(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for target in ("encoder", "decoder"):
+        module = getattr(model, target, None)
+        if module is None:
+            raise TypeError(
+                f"expected a model of whisper.load_model(), which has an encoder and a decoder; "
+                f"this {type(model).__name__} has no {target}"
+            )
+        yield target, module
+
+
+def _reasons_against(target: str, module: nn.Module) -> list[str]:
+    if settings.active().mode == "off":
+        return ["mode is 'off'"]
+    reasons = versions.reasons_against(target)
+    if reasons:
+        return reasons
+    cls = max_class(target)
+    if type(module) in (cls, upstream_class(cls)):
+        return []
+    found = type(module)
+    return [
+        f"its class is {found.__module__}.{found.__qualname__}, "
+        f"not whisper.model.{upstream_class(cls).__name__}"
+    ]
+
+
+def _swap_back(module: nn.Module) -> None:
+    activation.accelerated.discard(module)
+    if is_max(module):
+        forget(module)
+        module.__class__ = upstream_class(type(module))

@@ -1,0 +1,250 @@
+"""patch() and unpatch(): apply the patch table, undo it, roll it back.
+
+What is patched follows from one value, the settings in force (None: unpatched), and `_switch`
+goes from one to another. So patch(), unpatch() and patched() are a few lines each.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from . import activation, live_models, precompile, report, settings, versions
+from .activation import is_active
+from .conditions import UnsupportedByMax
+from .patch_table import TABLE, Row, import_upstream
+from .report import PatchReport, refusal_lines
+from .settings import TARGETS, Settings
+
+__all__ = ["is_active", "is_patched", "patch", "patched", "unpatch"]
+
+logger = logging.getLogger("whisper_max")
+
+_lock = threading.RLock()
+_in_force: PatchReport | None = None  # of the last patch(); None: unpatched
+_applied: dict[Row, object] = {}  # what we put in place of upstream's, row by row
+
+
+def patch(
+    *,
+    precision: str | None = None,
+    device: str | None = None,
+    compile: str | None = None,
+    mode: str | None = None,
+    targets: Iterable[str] | None = None,
+) -> PatchReport:
+    """Make openai-whisper run on MAX, in this process, until unpatch().
+
+    precision : "high", "highest", "medium" or "int8"
+    device : accelerate only models on "cpu" or "cuda"; default: wherever the model lives
+    compile : "background", "blocking" or "cached"
+    mode : "auto", "strict", "shadow" or "off"
+    targets : which parts to patch, of `settings.TARGETS`; default: all
+
+    An argument left out comes from the environment, else it is the default (`settings`). When
+    whisper is patched already, nothing changes: the first settings stay, and a RuntimeWarning
+    tells of arguments that differ from them.
+
+    Returns what was patched, and what was refused and why: without MAX, or with an unknown
+    openai-whisper, everything stays on PyTorch. Raises ImportError when openai-whisper or torch
+    is missing, ValueError for a setting that is not allowed, and in mode "strict"
+    UnsupportedByMax when a target is refused. When it raises, nothing is patched.
+    """
+    asked = {
+        "precision": precision,
+        "device": device,
+        "compile": compile,
+        "mode": mode,
+        "targets": targets,
+    }
+    wanted = _prepare(asked)
+    with _lock:
+        if _in_force is None or not _in_force.patched:
+            return _switch(wanted)
+        in_force = _in_force
+    # Only what was asked for by name: a bare patch() means "see to it that whisper is patched".
+    named = [name for name, value in asked.items() if value is not None]
+    _warn_of_differences(in_force.settings, wanted, named)
+    return in_force
+
+
+def unpatch() -> None:
+    """Put upstream's own attributes back, and its classes back into all live models.
+
+    What another package has replaced since patch() is left as it is, with a RuntimeWarning.
+    Does nothing when nothing is patched.
+    """
+    with _lock:
+        live_models.restore_all()
+        _switch(None)
+
+
+def is_patched(target: str | None = None) -> bool:
+    """Whether `target` (default: any target) is patched, and nobody has replaced it since.
+
+    Raises ValueError for an unknown target.
+    """
+    if target is not None and target not in TARGETS:
+        raise ValueError(f"no target {target!r}; targets are {', '.join(TARGETS)}")
+    with _lock:
+        return any(
+            row.current() is ours
+            for row, ours in _applied.items()
+            if target is None or row.target == target
+        )
+
+
+@contextmanager
+def patched(
+    *,
+    precision: str | None = None,
+    device: str | None = None,
+    compile: str | None = None,
+    mode: str | None = None,
+    targets: Iterable[str] | None = None,
+) -> Iterator[PatchReport]:
+    """Patch inside the block, and restore the earlier state after it, patched or not.
+
+    Takes patch()'s arguments and yields its report. Inside the block its own arguments hold,
+    whatever was in force before. The state is that of the process, for all its threads.
+    """
+    wanted = _prepare(
+        {
+            "precision": precision,
+            "device": device,
+            "compile": compile,
+            "mode": mode,
+            "targets": targets,
+        }
+    )
+    with _lock:
+        earlier = _in_force.settings if _in_force is not None else None
+        result = _switch(wanted)
+    try:
+        yield result
+    finally:
+        with _lock:
+            _switch(earlier)
+
+
+def _prepare(asked: dict[str, object]) -> Settings:
+    """The settings asked for, with upstream imported unless they say "off".
+
+    Not under the lock: another thread may be importing whisper and call patch() from there.
+    """
+    wanted = Settings.from_environment(**asked)
+    if wanted.mode != "off":
+        import_upstream()
+    return wanted
+
+
+def _switch(wanted: Settings | None) -> PatchReport | None:
+    """Go from what is patched now to what `wanted` asks for, None for nothing: all of it, or none.
+
+    Raises what importing or setting a replacement raises, after putting everything back.
+    """
+    global _in_force
+    rows, refused = _rows_for(wanted)
+    if refused and wanted.mode == "strict":
+        raise UnsupportedByMax("; ".join(refusal_lines(refused)))
+    _apply([row for row in rows if row not in _applied])
+    left = _undo([row for row in _applied if row not in rows])
+
+    patched = tuple(target for target in TARGETS if any(row.target == target for row in rows))
+    activation.set_active_targets(frozenset(patched))
+    settings.activate(wanted)
+    for target in TARGETS:
+        report.set_patched(target, target in patched, refused.get(target, ()))
+    if wanted is None:
+        live_models.release_adopted()
+        _in_force = None
+    else:
+        _in_force = PatchReport(patched, refused, wanted)
+        logger.info("%s", _in_force)
+        if patched and wanted.compile == "background":
+            precompile.start(wanted)
+    for message in left:  # last: a warning may be an error here, and must not leave us half way
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return _in_force
+
+
+def _rows_for(wanted: Settings | None) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
+    """The rows that `wanted` asks for and that can be applied; the reasons against the others."""
+    rows: list[Row] = []
+    refused: dict[str, tuple[str, ...]] = {}
+    targets = () if wanted is None else wanted.targets
+    for target in TARGETS if targets is None else targets:
+        of_target = [row for row in TABLE if row.target == target]
+        if wanted.mode == "off":
+            reasons = ["mode is 'off'"]
+        else:
+            reasons = versions.reasons_against(target) or _taken(of_target)
+        if reasons:
+            refused[target] = tuple(reasons)
+        else:
+            rows += of_target
+    return rows, refused
+
+
+def _taken(rows: list[Row]) -> list[str]:
+    """Which of these attributes hold somebody else's object: neither upstream's own nor ours."""
+    reasons = []
+    for row in rows:
+        current = row.current()
+        # Before the first patch(), the structure checks have seen that it is upstream's own.
+        if current is not _applied.get(row, activation.originals.get(row.name, current)):
+            reasons.append(f"{row.name} was replaced by {_describe(current)}")
+    return reasons
+
+
+def _apply(rows: list[Row]) -> None:
+    # Import every replacement before the first row changes: they extend upstream's own classes.
+    replacements = {row: row.load_replacement() for row in rows}
+    try:
+        for row, replacement in replacements.items():
+            activation.originals.setdefault(row.name, row.current())  # the first one saved wins
+            row.put(replacement)
+            _applied[row] = replacement
+    except BaseException:  # KeyboardInterrupt as well: never half patched
+        for row, replacement in replacements.items():
+            _applied.pop(row, None)
+            if row.current() is replacement:
+                row.put(activation.originals[row.name])
+        raise
+
+
+def _undo(rows: list[Row]) -> list[str]:
+    """Put upstream's own back where it is still ours; return a message for each other place."""
+    left = []
+    for row in rows:
+        current = row.current()
+        if current is _applied.pop(row):
+            row.put(activation.originals[row.name])
+        else:
+            left.append(
+                f"{row.name} was replaced by {_describe(current)} after whisper_max.patch(), "
+                "and is left as it is; undo patches in the reverse order of applying them"
+            )
+    return left
+
+
+def _describe(thing: object) -> str:
+    module = getattr(thing, "__module__", type(thing).__module__)
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    return f"{module}.{name}"
+
+
+def _warn_of_differences(in_force: Settings, wanted: Settings, named: list[str]) -> None:
+    differing = [name for name in named if getattr(wanted, name) != getattr(in_force, name)]
+    if differing:
+        kept = ", ".join(f"{name}={getattr(in_force, name)!r}" for name in differing)
+        asked = ", ".join(f"{name}={getattr(wanted, name)!r}" for name in differing)
+        warnings.warn(
+            f"whisper is already patched with {kept}, which stays; {asked} is ignored. "
+            "To change it, call whisper_max.unpatch() first.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

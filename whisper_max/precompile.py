@@ -1,0 +1,131 @@
+"""compile(): prepare the compiled graphs ahead of the first run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import report, settings, versions
+from .conditions import UnsupportedByMax, head_reasons
+from .dimensions_of import OFFICIAL, dimensions_of
+from .dispatch import refuse
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .runtime.artifact_key import ArtifactKey
+
+    Source = nn.Module | str | os.PathLike[str]
+
+
+logger = logging.getLogger("whisper_max")
+
+
+def compile(
+    model_or_name: Source | None = None,
+    *,
+    precision: str | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Compile what a model needs to run on MAX, or find that it is there, and wait for it.
+
+    The graphs have no fixed sizes, so what serves one model serves all of them. Only the weights'
+    form makes a difference: in the precisions "high" and "highest" they are held in float16 where
+    that is exact, as for all official models, and in float32 where it is not.
+
+    model_or_name : an official name ("tiny.en" … "turbo"), which needs no download; a checkpoint
+        file or a loaded model, whose weights are then looked at; None stands for any official model
+    precision, device : as for patch(); default: those in force
+    progress : show a progress bar on stderr
+
+    Returns the compiled files. Raises UnsupportedByMax when MAX cannot run the model or the
+    compile fails, with the reasons; ValueError for an unknown name or setting, and TypeError for
+    an object that is no model.
+    """
+    changed = {"precision": precision, "device": device}
+    wanted = replace(settings.active(), **{k: v for k, v in changed.items() if v is not None})
+    keys = artifact_keys(model_or_name, wanted)
+
+    from .runtime import artifacts, compilation
+    from .runtime.cache_folder import CacheRefused
+
+    files = []
+    for key in keys:
+        try:
+            state = compilation.ensure(
+                key, wanted.cache_dir, "blocking", progress=progress, force=True
+            )
+        except CacheRefused as refused:
+            raise UnsupportedByMax(str(refused)) from refused
+        file = artifacts.find(key, wanted.cache_dir) if state.ready else None
+        if file is None:
+            raise UnsupportedByMax(state.reason)
+        files.append(file)
+    return files
+
+
+def start(wanted: Settings) -> None:
+    """Begin to compile what the official models need, in the background, and return at once.
+
+    Nothing is raised: where it cannot be done, a call that would need it says why.
+    """
+    from .runtime import compilation
+    from .runtime.cache_folder import CacheRefused
+
+    try:
+        for key in artifact_keys(None, wanted):
+            report.set_artifact(compilation.ensure(key, wanted.cache_dir, "background").name)
+    except (CacheRefused, UnsupportedByMax) as refused:
+        logger.warning("nothing can be compiled, PyTorch does the work: %s", refused)
+
+
+def artifact_keys(model_or_name: Source | None, wanted: Settings) -> list[ArtifactKey]:
+    """What has to be compiled for a model (see `compile`), without compiling it.
+
+    Raises as `compile` does.
+    """
+    if model_or_name is not None:
+        dims = dimensions_of(model_or_name)
+        for part in ("audio", "text"):
+            refuse(head_reasons(dims[f"n_{part}_head"], dims[f"n_{part}_state"]))
+    if wanted.device not in (None, "cpu"):
+        refuse([f"there are graphs for the CPU only, not for {wanted.device!r}"])
+    refuse(versions.environment_reasons())
+
+    from .runtime.storage import key_of, storage_of
+
+    storages = dict.fromkeys(
+        storage_of(wanted.precision, exact) for exact in _exact_parts(model_or_name, wanted)
+    )
+    return [key_of(weight, cross, wanted.cpu_level) for weight, cross in storages]
+
+
+def _exact_parts(model_or_name: Source | None, wanted: Settings) -> Iterator[bool]:
+    """Whether float16 holds the encoder's weights exactly, and whether the decoder's."""
+    if wanted.precision in ("medium", "int8"):  # float16 or int8 in any case
+        yield True
+        return
+    if model_or_name is None or model_or_name in OFFICIAL:
+        yield True  # published in float16
+        return
+
+    from .runtime.weights import exact_in_float16, matrices
+
+    state = _state_of(model_or_name)
+    for part in ("encoder", "decoder"):
+        named = {name: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+        yield exact_in_float16(matrices(named))
+
+
+def _state_of(model_or_file: Source) -> Mapping[str, Tensor]:
+    if not isinstance(model_or_file, (str, os.PathLike)):
+        return model_or_file.state_dict()
+    import torch
+
+    return torch.load(model_or_file, map_location="cpu", weights_only=True)["model_state_dict"]

@@ -1,0 +1,1 @@
+"""Compiled graphs on disk and in memory: hardware, artifacts, sessions, weights."""

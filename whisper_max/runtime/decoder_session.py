@@ -1,0 +1,121 @@
+"""One decode: a decoder's packed weights, its windows' cross-attention cache, and its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..settings import Settings
+from .engine import CrossCache, DecoderState, Scores, Selection, decoder_select, decoder_step
+from .model_state import Ready, state_of
+from .tensors import int32, to_buffer
+
+
+class DecoderSession:
+    """The state of one decode. It belongs to the call: sessions of one model do not meet.
+
+    decoder : a TextDecoder
+    features : shape = (windows, n_audio_ctx, n_state), float32
+    rows : sequences to decode, a multiple of the windows
+
+    Raises UnsupportedByMax while there is no engine.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, features: Tensor, rows: int, settings: Settings
+    ) -> None:
+        state = state_of(decoder, "decoder")
+        self._ready: Ready = state.ready(decoder, settings)
+        self.layers = len(decoder.blocks)
+        self.heads = decoder.blocks[0].attn.n_head
+        self.rows = rows
+        features = _distinct(features)
+        cross = state.cross.find(self._ready, features)
+        if cross is None:
+            state.cross.drop()
+            cross = CrossCache(
+                self._ready.engine, self._ready.packed[0], features, self.layers, self._ready.cross
+            )
+            state.cross.keep(self._ready, features, cross)
+        self.windows = cross.windows
+        self._no_scores = Scores.none(self.layers, self.heads)
+        self._state = DecoderState(
+            cross, self.layers, self.heads, len(decoder.positional_embedding), rows
+        )
+
+    @property
+    def length(self) -> int:
+        """Positions decoded up to now."""
+        return self._state.length
+
+    def step(self, tokens: Tensor, wanted: Iterable[int]) -> Tensor:
+        """Decodes tokens, shape = (rows, count), behind what is there.
+
+        wanted : flat numbers (row * count + i) of the tokens whose logits are computed
+
+        Returns logits, shape = (wanted, n_vocab), float32, in fresh memory. Raises
+        UnsupportedByMax where MAX fails.
+        """
+        return self.step_with_scores(tokens, wanted, self._no_scores)[0]
+
+    def step_with_scores(
+        self, tokens: Tensor, wanted: Iterable[int], scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        """As `step`; also raw cross-attention scores, (slots, rows * count, padded frames)."""
+        return decoder_step(
+            self._ready.engine,
+            self._ready.packed[1],
+            self._state,
+            to_buffer(tokens.to(torch.int32)),
+            int32(list(wanted)),
+            scores,
+        )
+
+    def select(
+        self, tokens: list[int], selection: Selection, rules: list[list[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Decodes one token for each row and ranks what may follow, see `decoder_select`."""
+        return decoder_select(
+            self._ready.engine,
+            self._ready.packed[1],
+            self._state,
+            int32([[token] for token in tokens]),
+            self._no_scores,
+            selection,
+            rules,
+        )
+
+    def prefill(self, tokens: Tensor, wanted: Iterable[int]) -> Tensor:
+        """The first tokens of all rows, decoded once for rows that begin alike.
+
+        wanted : positions in each row whose logits are computed
+
+        Returns logits, shape = (rows, wanted, n_vocab), in fresh memory.
+        """
+        rows, count = tokens.shape
+        group = rows // self.windows
+        grouped = tokens.view(self.windows, group, count)
+        wanted = list(wanted)
+        alike = group > 1 and bool((grouped == grouped[:, :1]).all())
+        first = grouped[:, 0] if alike else tokens
+        flat = [row * count + i for row in range(len(first)) for i in wanted]
+        logits = self.step(first, flat).view(len(first), len(wanted), -1)
+        if alike:
+            parents = np.arange(rows) // group
+            self._state.source[:, :count] = parents[:, None]
+            logits = logits[parents]
+        return logits
+
+    def reorder(self, parents: list[int]) -> None:
+        """Row i goes on as a copy of what row parents[i] was."""
+        self._state.reorder(parents)
+
+
+def _distinct(features: Tensor) -> Tensor:
+    """One window where all are the same, as upstream repeats them for beams; else all of them."""
+    if len(features) > 1 and bool((features[1:] == features[:1]).all()):
+        return features[:1]
+    return features

@@ -1,0 +1,197 @@
+"""One artifact, loaded: its graphs as functions of tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from max.driver import CPU, Buffer
+from max.engine import CompiledModel, InferenceSession
+from torch import Tensor
+
+from ..conditions import UnsupportedByMax
+from ..graphs.specification import HEAD_DIM, PANEL
+from . import limits
+from .tensors import int32, to_buffer, to_torch
+
+
+MASKED = -3.0e38
+"""What the kernels add to the logit of a suppressed token, as in kernels/attention.mojo."""
+
+
+class Engine:
+    """The graphs of one artifact, without weights: one serves all models of a process."""
+
+    def __init__(self, compiled: CompiledModel) -> None:
+        self.graphs = InferenceSession(devices=[CPU()]).init_all(compiled, weights_registry={})
+        self.threads = int32([limits.threads()])
+
+    def execute(self, graph: str, *operands: Buffer) -> list[Buffer]:
+        """Runs one graph. Raises UnsupportedByMax where MAX fails: PyTorch can take over."""
+        try:
+            return self.graphs[graph].execute(*operands)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise UnsupportedByMax(f"MAX failed in {graph}: {error}") from error
+
+    def encode(self, weights: list[Buffer], mel: Tensor) -> Tensor:
+        """mel, shape = (batch, n_mels, 2 * n_audio_ctx), float32 -> (batch, n_audio_ctx, n_state)."""
+        return to_torch(self.execute("encoder", to_buffer(mel), self.threads, *weights)[0])
+
+
+class CrossCache:
+    """Cross-attention keys and values of some windows, for all layers.
+
+    features : shape = (windows, n_audio_ctx, n_state), float32
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        weights: list[Buffer],
+        features: Tensor,
+        layers: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.windows, self.frames, n_state = features.shape
+        self.padded_frames = -(-self.frames // PANEL) * PANEL
+        heads = n_state // HEAD_DIM
+        shape = (layers, self.windows, heads, self.padded_frames * HEAD_DIM)
+        self.keys, self.values = (
+            to_buffer(torch.empty(shape, dtype=dtype, device="cpu")) for _ in ("keys", "values")
+        )
+        operands = (self.keys, self.values, to_buffer(features), engine.threads)
+        engine.execute("cross_kv", *operands, *weights)
+
+
+class DecoderState:
+    """What one decode remembers: its self-attention cache, and who shares which part of it.
+
+    A row is one sequence. The cache is append-only: when beam search continues one row as
+    several, only `source` changes, the table of which cache row holds each earlier position.
+
+    cross : the windows that are decoded; rows are grouped by window
+    rows : how many sequences there is room for
+    """
+
+    def __init__(
+        self, cross: CrossCache, layers: int, heads: int, n_text_ctx: int, rows: int
+    ) -> None:
+        self.cross = cross
+        self.rows = rows
+        self.n_text_ctx = n_text_ctx
+        self.length = 0
+        # Memory is touched, and so taken, only as positions are filled.
+        shape = (layers, 2, rows, heads, n_text_ctx, HEAD_DIM)
+        self.self_cache = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
+        self.source = np.zeros((rows, n_text_ctx), np.int32)
+
+    def reorder(self, parents: list[int]) -> None:
+        """Row i goes on as a copy of what row parents[i] was."""
+        self.source[:, : self.length] = self.source[parents, : self.length]
+
+
+class Selection:
+    """What does not change from step to step in the choice of tokens.
+
+    suppressed : tokens that are never sampled
+    n_vocab : size of the vocabulary
+    count : how many tokens of each row are ranked
+    rows : rows of a step
+    """
+
+    def __init__(self, suppressed: list[int], n_vocab: int, count: int, rows: int) -> None:
+        mask = np.zeros(n_vocab, np.float32)
+        mask[suppressed] = MASKED
+        self.count = count
+        self.mask = Buffer.from_numpy(mask)
+        self.ranks = int32([0] * count)
+        self.every_row = int32(list(range(rows)))
+
+
+class Scores:
+    """Which cross-attention heads' raw scores a step returns.
+
+    slots : (layers, heads); the place in the result, or -1
+    """
+
+    def __init__(self, slots: list[list[int]]) -> None:
+        self.slots = int32(slots)
+        self.count = 1 + max(max(row) for row in slots)
+
+    def room(self, rows: int, padded_frames: int) -> Buffer:
+        """A tensor of the result's shape: graphs take sizes from their operands only."""
+        shape = (self.count, rows, padded_frames)
+        return to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
+
+    @classmethod
+    def none(cls, layers: int, heads: int) -> Scores:
+        """No head's."""
+        return cls([[-1] * heads] * layers)
+
+
+def decoder_step(
+    engine: Engine,
+    weights: list[Buffer],
+    state: DecoderState,
+    tokens: Buffer,
+    wanted: Buffer,
+    scores: Scores,
+) -> tuple[Tensor, Tensor]:
+    """Decodes new tokens, shape = (rows, count), int32, at the end of the state.
+
+    wanted : flat numbers (row * count + i) of the tokens whose logits are computed, int32
+
+    Returns logits, shape = (wanted, n_vocab), float32, fresh memory; and raw scores, shape =
+    (slots, rows * count, padded frames). The state then ends behind the new tokens.
+    """
+    operands = _operands(engine, state, tokens, wanted, scores)
+    logits, raw_scores = engine.execute("decoder_step", *operands, *weights)
+    state.length += tokens.shape[1]
+    return to_torch(logits).squeeze(1), to_torch(raw_scores)
+
+
+def decoder_select(
+    engine: Engine,
+    weights: list[Buffer],
+    state: DecoderState,
+    tokens: Buffer,
+    scores: Scores,
+    selection: Selection,
+    rules: list[list[int]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes one new token for each row, shape = (rows, 1), and ranks what may follow.
+
+    rules : for each row, see kernels/select.mojo
+
+    Returns log probabilities, float32, and tokens, int32, both (rows, selection.count), the most
+    likely first.
+    """
+    operands = _operands(engine, state, tokens, selection.every_row, scores)
+    choice = (selection.mask, int32(rules), selection.ranks)
+    logprobs, best = engine.execute("decoder_select", *operands, *choice, *weights)
+    state.length += 1
+    return logprobs.to_numpy(), best.to_numpy()
+
+
+def _operands(
+    engine: Engine, state: DecoderState, tokens: Buffer, wanted: Buffer, scores: Scores
+) -> tuple[Buffer, ...]:
+    rows, count = tokens.shape
+    end = state.length + count
+    if rows > state.rows or end > state.n_text_ctx:  # the kernels would write past the cache
+        raise UnsupportedByMax(
+            f"{rows} rows of {end} tokens, where {state.rows} of {state.n_text_ctx} fit"
+        )
+    # A position's keys and values stand in the row that appended it.
+    state.source[:rows, state.length : end] = np.arange(rows, dtype=np.int32)[:, None]
+    return (
+        tokens,
+        int32([state.length, state.cross.frames]),
+        Buffer.from_numpy(state.source[:rows]),
+        wanted,
+        scores.slots,
+        scores.room(rows * count, state.cross.padded_frames),
+        state.self_cache,
+        state.cross.keys,
+        state.cross.values,
+        engine.threads,
+    )

@@ -1,0 +1,152 @@
+"""What MAX keeps for one encoder or decoder: packed weights, and the last result.
+
+It is no part of the module: not a submodule, not in its state_dict, not in copies or pickles. It
+follows the module's weights: when those change, it is made anew.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Container
+from typing import Generic, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from max.driver import Buffer
+from torch import Tensor, nn
+
+from ..conditions import parameter_reasons
+from ..dispatch import refuse
+from ..settings import Settings
+from . import loading, weights
+from .engine import CrossCache, Engine
+from .storage import storage_of
+
+
+class Ready(NamedTuple):
+    """An engine, and one module's weights packed for it."""
+
+    engine: Engine
+    packed: tuple[list[Buffer], ...]
+    cross: torch.dtype
+
+
+Kept = TypeVar("Kept")
+
+
+class Memo(Generic[Kept]):
+    """The last result, found again by the contents of what it was made from.
+
+    Upstream encodes one window for language detection, for every temperature and for word
+    timestamps, each time from another tensor with the same numbers.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Ready, Tensor, Kept] | None = None
+
+    def find(self, ready: Ready, source: Tensor) -> Kept | None:
+        """The result for these weights and this input."""
+        last = self._last
+        if last is not None and last[0] is ready and torch.equal(last[1], source):
+            return last[2]
+        return None
+
+    def keep(self, ready: Ready, source: Tensor, result: Kept) -> None:
+        """Remembers one result in place of the last."""
+        self._last = (ready, source.clone(), result)
+
+    def drop(self) -> None:
+        """Forgets, before a large result is made anew."""
+        self._last = None
+
+
+class ModelState:
+    """Packed weights of one module, checked against its parameters at every use."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.features: Memo[Tensor] = Memo()
+        self.cross: Memo[CrossCache] = Memo()
+        self._guard = threading.Lock()
+        self._seen: list[tuple[Tensor, int, int]] = []
+        self._choice: tuple[str, str] | None = None
+        self._precision = ""
+        self._ready: Ready | None = None
+
+    def ready(self, module: nn.Module, settings: Settings) -> Ready:
+        """Engine and packed weights for the module as it is now.
+
+        Raises UnsupportedByMax while there is no engine, or where the parameters are not such
+        that the kernels could take them.
+        """
+        if settings.device == "cuda":
+            refuse(["device is 'cuda', and there are graphs for the CPU only"])
+        with self._guard:
+            if settings.precision != self._precision or not self._unchanged(module):
+                self._look_at(module, settings.precision)
+            weight, cross = self._choice
+            engine = loading.engine(weight, cross, settings)
+            if self._ready is None or self._ready.engine is not engine:
+                packed = self._pack(module, getattr(torch, weight))
+                self._ready = Ready(engine, packed, getattr(torch, cross))
+            return self._ready
+
+    def _unchanged(self, module: nn.Module) -> bool:
+        now = list(_tensors(module))
+        return len(now) == len(self._seen) and all(
+            tensor is seen and tensor.data_ptr() == address and tensor._version == version
+            for tensor, (seen, address, version) in zip(now, self._seen)
+        )
+
+    def _look_at(self, module: nn.Module, precision: str) -> None:
+        """Notes the parameters as they are, and how they are to be held."""
+        self._ready, self._choice, self._seen, self._precision = None, None, [], ""
+        self.features.drop()
+        self.cross.drop()
+        tensors = list(_tensors(module))
+        refuse(parameter_reasons(tensors))
+        exact = precision in ("medium", "int8") or weights.exact_in_float16(
+            weights.matrices(module.state_dict())
+        )
+        self._choice = storage_of(precision, exact)
+        self._seen = [(t, t.data_ptr(), t._version) for t in tensors]
+        self._precision = precision
+
+    def _pack(self, module: nn.Module, storage: torch.dtype) -> tuple[list[Buffer], ...]:
+        state = module.state_dict()
+        with torch.no_grad():
+            if self.kind == "encoder":
+                return (weights.pack_encoder(state, storage),)
+            return weights.pack_cross_kv(state, storage), weights.pack_decoder(state, storage)
+
+
+_states: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
+_states_guard = threading.Lock()
+
+
+def state_of(module: nn.Module, kind: str) -> ModelState:
+    """The state of an "encoder" or "decoder"; made at first use, gone with the module.
+
+    Raises UnsupportedByMax in a forked process.
+    """
+    loading.refuse_after_fork()  # before any lock: a thread that is not here may hold it
+    with _states_guard:
+        return _states.setdefault(module, ModelState(kind))
+
+
+def drop(module: nn.Module) -> None:
+    """Frees what MAX keeps for the module."""
+    with _states_guard:
+        _states.pop(module, None)
+
+
+def drop_all(keep: Container[nn.Module]) -> None:
+    """Frees what MAX keeps for every module but those in `keep`."""
+    with _states_guard:
+        for module in [module for module in _states if module not in keep]:
+            del _states[module]
+
+
+def _tensors(module: nn.Module):
+    yield from module.parameters()
+    yield from module.buffers()

@@ -1,0 +1,22 @@
+"""Between PyTorch tensors and MAX buffers, without copies."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from max.driver import Buffer
+
+
+def to_buffer(tensor: torch.Tensor) -> Buffer:
+    """The tensor's own memory as a MAX buffer; a copy only where it is not contiguous."""
+    return Buffer.from_dlpack(tensor.detach().contiguous())
+
+
+def to_torch(buffer: Buffer) -> torch.Tensor:
+    """A MAX buffer's own memory as a tensor, which keeps it alive."""
+    return torch.from_dlpack(buffer)
+
+
+def int32(values: list[int] | list[list[int]]) -> Buffer:
+    """A small table of integers for the kernels."""
+    return Buffer.from_numpy(np.array(values, np.int32))

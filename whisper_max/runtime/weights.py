@@ -1,0 +1,114 @@
+"""Trained weights in the form that the kernels read, made once per model.
+
+A linear layer's matrix (out, in) becomes panels of 32 output channels, (panels, in, 32), so that a
+kernel reads one stream. The layers of all blocks are stacked. Official checkpoints hold float16
+numbers that openai-whisper widens to float32: keeping them in float16 loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from max.driver import Buffer
+from torch import Tensor
+
+from ..graphs.specification import CROSS_KV, DECODER, ENCODER, PANEL, Parameter
+from .tensors import to_buffer
+
+State = Mapping[str, Tensor]
+
+ABSENT = torch.zeros(1, dtype=torch.float32, device="cpu")
+"""The scale of weights that have none."""
+
+# A fused projection and the upstream layers that it is made of.
+_FUSED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
+
+
+def exact_in_float16(tensors: Iterable[Tensor]) -> bool:
+    """Whether every number is one that float16 holds exactly."""
+    return all(bool((t.half().to(t.dtype) == t).all()) for t in tensors)
+
+
+def matrices(state: State) -> Iterable[Tensor]:
+    """The tensors of a state_dict that are held packed: all matrices and convolutions."""
+    return (t for name, t in state.items() if t.ndim >= 2 and "positional" not in name)
+
+
+def pack_encoder(state: State, storage: torch.dtype) -> list[Buffer]:
+    """The inputs `specification.ENCODER` of an AudioEncoder's state_dict, in order."""
+    state = {f"encoder.{name}": tensor for name, tensor in state.items()}
+    return [buffer for parameter in ENCODER for buffer in _pack(parameter, state, storage)]
+
+
+def pack_cross_kv(state: State, storage: torch.dtype) -> list[Buffer]:
+    """The inputs `specification.CROSS_KV` of a TextDecoder's state_dict, in order."""
+    state = {f"decoder.{name}": tensor for name, tensor in state.items()}
+    return [buffer for parameter in CROSS_KV for buffer in _pack(parameter, state, storage)]
+
+
+def pack_decoder(state: State, storage: torch.dtype) -> list[Buffer]:
+    """The inputs `specification.DECODER` of a TextDecoder's state_dict, in order."""
+    state = {f"decoder.{name}": tensor for name, tensor in state.items()}
+    return [buffer for parameter in DECODER for buffer in _pack(parameter, state, storage)]
+
+
+def panels(weight: Tensor) -> Tensor:
+    """(out, in) -> (panels, in, 32), the last panel filled up with zeros."""
+    out, length = weight.shape
+    count = -(-out // PANEL)
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, count * PANEL - out))
+    return padded.view(count, PANEL, length).transpose(1, 2).contiguous()
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale per output channel: (out, in) -> int8 (out, in), (out,)."""
+    scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return torch.round(weight / scale[:, None]).to(torch.int8), scale
+
+
+def _pack(parameter: Parameter, state: State, storage: torch.dtype) -> list[Buffer]:
+    if parameter.kind == "table":
+        return [to_buffer(state[parameter.name].float())]
+    if not parameter.stacked:
+        parts = _parts(parameter.kind, parameter.name, state, storage)
+        return [to_buffer(part) for part in parts]
+    stem, _, name = parameter.name.partition(".blocks.")
+    blocks = _count_blocks(stem, state)
+    stacked: list[Tensor] = []
+    for i in range(blocks):
+        parts = _parts(parameter.kind, f"{stem}.blocks.{i}.{name}", state, storage)
+        if not stacked:
+            stacked = [part.new_empty((blocks, *part.shape)) for part in parts]
+        for whole, part in zip(stacked, parts):
+            whole[i] = part
+    return [to_buffer(whole) for whole in stacked]
+
+
+def _parts(kind: str, name: str, state: State, storage: torch.dtype) -> list[Tensor]:
+    if kind == "norm":
+        return [state[f"{name}.weight"].float(), state[f"{name}.bias"].float()]
+    weight, bias = _linear(name, state)
+    if storage is torch.int8:
+        weight, scale = quantize(weight)
+    else:
+        weight, scale = weight.to(storage), ABSENT
+    return [panels(weight), scale, bias]
+
+
+def _linear(name: str, state: State) -> tuple[Tensor, Tensor]:
+    """Weight (out, in) and bias (out,) of a layer in float32; a bias that is not there is zero."""
+    stem, _, last = name.rpartition(".")
+    if last in _FUSED:
+        pairs = [_linear(f"{stem}.{part}", state) for part in _FUSED[last]]
+        return torch.cat([w for w, _ in pairs]), torch.cat([b for _, b in pairs])
+    weight = state[f"{name}.weight"].detach().float()
+    if weight.ndim == 3:  # a convolution, (out, in, 3): the kernels' patches hold tap by tap
+        weight = weight.transpose(1, 2).flatten(1)
+    bias = state.get(f"{name}.bias")
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
+
+
+def _count_blocks(stem: str, state: State) -> int:
+    prefix = f"{stem}.blocks."
+    return 1 + max(int(n[len(prefix) :].split(".")[0]) for n in state if n.startswith(prefix))

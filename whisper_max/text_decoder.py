@@ -1,0 +1,85 @@
+"""The text decoder on MAX: `whisper.model.TextDecoder` with another `forward`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from whisper.model import TextDecoder
+
+from . import activation, settings
+from .activation import originals
+from .class_swap import SwappedModule
+from .conditions import features_reasons, module_reasons, tokens_reasons
+from .dispatch import refuse, run
+from .shadow import tensors_differ
+
+UpstreamTextDecoder: type[TextDecoder] = originals.get("whisper.model.TextDecoder", TextDecoder)
+
+
+class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
+    """openai-whisper's TextDecoder; its forward runs on MAX where that gives the same result."""
+
+    _upstream = "TextDecoder"
+
+    def forward(self, x: Tensor, xa: Tensor, kv_cache: dict | None = None) -> Tensor:
+        """Logits of whole sequences, as upstream's `TextDecoder.forward`.
+
+        x : torch.Tensor, shape = (batch_size, <= n_text_ctx), integers
+            the text tokens
+        xa : torch.Tensor, shape = (batch_size or 1, n_audio_ctx, n_audio_state), float32 on MAX
+            the encoded audio
+        kv_cache : a caller's own cache; such a call is PyTorch's
+
+        Returns logits, shape = (batch_size, tokens, n_vocab), float32, in fresh memory. Raises
+        UnsupportedByMax in mode "strict" where MAX cannot run the call.
+        """
+        if torch.compiler.is_compiling():  # none of our bookkeeping goes into a compiled graph
+            return super().forward(x, xa, kv_cache)
+        return run(
+            "decoder",
+            activation.why_off("decoder", self),
+            lambda: self._on_max(x, xa, kv_cache),
+            lambda: super(MaxTextDecoder, self).forward(x, xa, kv_cache),
+            tensors_differ,
+        )
+
+    def drop_max_state(self) -> None:
+        """Frees packed weights and remembered results."""
+        from .runtime import model_state
+
+        model_state.drop(self)
+
+    def _on_max(self, tokens: Tensor, features: Tensor, kv_cache: dict | None) -> Tensor:
+        from .runtime.decoder_session import DecoderSession
+
+        if kv_cache is not None:
+            refuse(["the call brings its own kv_cache"])
+        refuse(decoder_reasons(self, tokens, features))
+        session = DecoderSession(self, features, len(tokens), settings.active())
+        rows, count = tokens.shape
+        return session.step(tokens, range(rows * count)).view(rows, count, -1)
+
+
+def decoder_reasons(
+    decoder: TextDecoder, tokens: Tensor, features: Tensor, *, sdpa_is_off: bool = False
+) -> list[str]:
+    """Reasons against decoding these tokens with these audio features on MAX.
+
+    sdpa_is_off : the caller knows that upstream's `use_sdpa` is False, and why
+    """
+    n_text_ctx, n_state = decoder.positional_embedding.shape
+    return [
+        *tokens_reasons(tokens, n_text_ctx, len(decoder.token_embedding.weight)),
+        *features_reasons(features, n_state),
+        *module_reasons(decoder, n_state, sdpa_is_off=sdpa_is_off),
+        *_batch_reasons(tokens, features),
+    ]
+
+
+def _batch_reasons(tokens: Tensor, features: Tensor) -> list[str]:
+    if not isinstance(tokens, torch.Tensor) or not isinstance(features, torch.Tensor):
+        return []
+    rows, windows = len(tokens), len(features)
+    if windows not in (1, rows):
+        return [f"{rows} rows of tokens do not go with {windows} windows of audio"]
+    return []
