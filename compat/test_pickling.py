@@ -29,7 +29,8 @@ assert names == ["whisper.model.AudioEncoder", "whisper.model.TextDecoder"], nam
 mel, tokens, expected = torch.load(sys.argv[2])
 torch.set_num_threads(2)
 with torch.no_grad():
-    assert torch.equal(model(mel, tokens), expected)
+    # Not bit by bit: MKL's sums go by where the operands lie in memory.
+    torch.testing.assert_close(model(mel, tokens), expected, rtol=1e-5, atol=1e-5)
 """
 
 

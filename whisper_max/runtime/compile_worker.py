@@ -103,6 +103,7 @@ def compile_in_this_process(job: CompileJob) -> int:
     if fingerprint() != job.fingerprint:
         raise RuntimeError("the sources or the engine changed since this compile was asked for")
     _function(job.compiler)(key, _mef(_scratch(key, Path(job.cache_dir))))
+    _leave()
     return 0
 
 
@@ -222,6 +223,17 @@ def _die_with_parent() -> None:
     """End with the supervisor, which holds the lock (Linux; elsewhere the compile runs on)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _leave() -> None:
+    """End at once, now that the artifact is written.
+
+    Taking MAX down in order sometimes aborts ("terminate called without an active exception": a
+    thread of its compiler outlives its owner), above all on a busy machine.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _be_first_to_go() -> None:
