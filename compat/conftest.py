@@ -47,7 +47,7 @@ def compiled() -> Path:
     """The graphs for both storages of the exact precisions, compiled side by side: their folder."""
     from harness import compile_all
 
-    return compile_all("float16", "float32")
+    return compile_all("high")
 
 
 @pytest.fixture

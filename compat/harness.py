@@ -17,12 +17,17 @@ from whisper_max import demo, settings
 from whisper_max.runtime import compilation, storage
 
 
-def compile_all(*weights: str) -> Path:
-    """Compile the graphs for weights held so, several at a time; return the cache folder."""
+def compile_all(*precisions: str) -> Path:
+    """Compile the graphs of precisions, several at a time; return the cache folder."""
     active = settings.active()
+    wanted = dict.fromkeys(
+        storage.arithmetic_of(precision, exact)
+        for precision in precisions
+        for exact in (True, False)
+    )
     for policy in ("background", "blocking"):
-        for weight in weights:
-            key = storage.key_of(weight, "float32", active.cpu_level)
+        for arithmetic in wanted:
+            key = storage.key_of(arithmetic, active.cpu_level)
             compilation.ensure(key, active.cache_dir, policy)
     return active.cache_dir
 

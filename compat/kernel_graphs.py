@@ -14,18 +14,19 @@ from whisper_max.graphs.specification import Parameter, Storage, inputs, threads
 CPU = DeviceRef.CPU()
 
 
-def build(*, device: str, cpu_level: str, source: str) -> Graph:
+def build(*, device: str, cpu_level: str, source: str, products: str) -> Graph:
     """All graphs in one module; returns the last, which stands for the module.
 
     device : "cpu"
     cpu_level : as for `whisper_max.graphs.build.build`
     source : digest of this file: what another source builds is another artifact
+    products : of linear, "weight*product" with commas between
     """
     library = KernelLibrary()
     library.load_paths([KERNELS])
     builder = _Builder(Module(), library, vector_width(cpu_level))
-    builder.linear("float16")
-    builder.linear("int8")
+    for weight, product in (pair.split("*") for pair in products.split(",")):
+        builder.linear(weight, product)
     builder.layer_norm()
     builder.conv_patches("patches_of_mel", channels_first=True, stride=1)
     builder.conv_patches("patches", channels_first=False, stride=2)
@@ -39,7 +40,7 @@ class _Builder:
         self.library = library
         self.width = width
 
-    def linear(self, weight: str) -> None:
+    def linear(self, weight: str, product: str) -> None:
         """The op itself, so that norm, GELU and residual are chosen by its operands."""
         types = [
             _floats("batch", "length", "in"),
@@ -52,7 +53,7 @@ class _Builder:
             threads_type(CPU),
             TensorType(DType.int32, (), CPU),
         ]
-        with self._graph(f"linear_{weight}", types) as graph:
+        with self._graph(f"linear_{weight}_{product}", types) as graph:
             operands = [value.tensor for value in graph.inputs]
             shape = (*operands[0].shape[:2], operands[5].shape[0])
             result = ops.custom(
@@ -60,7 +61,7 @@ class _Builder:
                 CPU,
                 operands,
                 [TensorType(DType.float32, shape, CPU)],
-                parameters={"width": self.width},
+                parameters={"width": self.width, "product": DType[product]},
             )
             graph.output(result[0].tensor)
 
@@ -105,7 +106,9 @@ class _Builder:
         return Layers(dict(zip(names, weights)), None, self._storage(), CPU)
 
     def _storage(self) -> Storage:
-        return Storage(DType.float16, DType.float32, self.width)
+        return Storage(
+            DType.float16, DType.float32, self.width, product=DType.float32, attention=DType.float32
+        )
 
 
 def _floats(*shape: str) -> TensorType:

@@ -16,7 +16,7 @@ from recordings import assert_same_result, samples
 from strategies import numbers, small, token_rows
 from whisper_max import demo, settings
 from whisper_max.runtime import artifacts, compilation, loading
-from whisper_max.runtime.storage import key_of
+from whisper_max.runtime.storage import arithmetic_of, key_of
 
 # What upstream raises for input that it does not take.
 ERRORS = (
@@ -238,7 +238,7 @@ def test_nothing_compiled_and_nothing_to_be_compiled(plain, no_engines):
 @pytest.mark.allow_fallback
 def test_damaged_artifact(plain, compiled, no_engines, caplog):
     """It is removed, and PyTorch works until there is another."""
-    original = artifacts.find(key_of("float16", "float32"), compiled)
+    original = artifacts.find(key_of(arithmetic_of("high", exact=True)), compiled)
     no_engines.mkdir(mode=0o700)
     for path in (original, original.with_suffix(".json")):
         copy = no_engines / path.name

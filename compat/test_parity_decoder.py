@@ -10,7 +10,7 @@ from whisper import decoding
 
 from harness import exact_logits, on_pytorch
 from strategies import batches, numbers, official, recipes, seeds, token_rows
-from tolerances import assert_precise
+from tolerances import PROMISES, assert_precise
 from whisper_max.activation import originals
 
 
@@ -20,7 +20,8 @@ def check(model, tokens, features, precision="high"):
     with torch.no_grad():
         found = model.decoder(tokens, features)
         on_torch = plain.decoder(tokens, features)
-    assert_precise(found, on_torch, exact_logits(plain.decoder, tokens, features), precision)
+    expected = exact_logits(plain.decoder, tokens, features)
+    assert_precise(found, on_torch, expected, PROMISES[precision])
 
 
 def audio_features(dims, windows, seed, scale=1.0):
@@ -126,7 +127,7 @@ def check_steps(model, plan, features, precision="high"):
         found = decode(decoding.PyTorchInference(model, prompt), plan, features)
         upstream = originals["whisper.decoding.PyTorchInference"](plain, prompt)
         on_torch = decode(upstream, plan, features)
-    assert_precise(found, on_torch, exact_steps(plain.decoder, plan, features), precision)
+    assert_precise(found, on_torch, exact_steps(plain.decoder, plan, features), PROMISES[precision])
 
 
 @st.composite

@@ -98,12 +98,12 @@ def artifact_keys(model_or_name: Source | None, wanted: Settings) -> list[Artifa
         refuse([f"there are graphs for the CPU only, not for {wanted.device!r}"])
     refuse(versions.environment_reasons())
 
-    from .runtime.storage import key_of, storage_of
+    from .runtime.storage import arithmetic_of, key_of
 
-    storages = dict.fromkeys(
-        storage_of(wanted.precision, exact) for exact in _exact_parts(model_or_name, wanted)
+    wanted_of_parts = dict.fromkeys(
+        arithmetic_of(wanted.precision, exact) for exact in _exact_parts(model_or_name, wanted)
     )
-    return [key_of(weight, cross, wanted.cpu_level) for weight, cross in storages]
+    return [key_of(arithmetic, wanted.cpu_level) for arithmetic in wanted_of_parts]
 
 
 def _exact_parts(model_or_name: Source | None, wanted: Settings) -> Iterator[bool]:

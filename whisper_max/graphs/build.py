@@ -14,18 +14,22 @@ from .layers import KERNELS
 from .specification import Storage
 
 
-def build(*, device: str, cpu_level: str, weight: str, cross: str) -> Graph:
+def build(
+    *, device: str, cpu_level: str, weight: str, cross: str, product: str, attention: str
+) -> Graph:
     """All graphs in one module; returns the last, which stands for the module.
 
     device : "cpu"
     cpu_level : "baseline", "avx512" or "amx" (see runtime/hardware.py); decides the vector width
-    weight, cross : names of dtypes, see `Storage`
+    weight, cross, product, attention : names of dtypes, see `Storage`
 
     Raises ValueError for a device that there are no kernels for.
     """
     if device != "cpu":
         raise ValueError(f"there are graphs for the CPU only, not for {device!r}")
-    storage = Storage(DType[weight], DType[cross], vector_width(cpu_level))
+    storage = Storage(
+        DType[weight], DType[cross], vector_width(cpu_level), DType[product], DType[attention]
+    )
     # The kernels are compiled once for all graphs.
     library = KernelLibrary()
     library.load_paths([KERNELS])

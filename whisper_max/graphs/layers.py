@@ -68,6 +68,7 @@ class Layers:
                 ops.constant(int(gelu), DType.int32, self.device),
             ],
             (x.shape[0], x.shape[1], bias.shape[0]),
+            product=self.storage.product,
         )
 
     def conv_patches(
@@ -95,7 +96,11 @@ class Layers:
     def encoder_blocks(self, x: TensorValue) -> TensorValue:
         """All residual attention blocks of the encoder; x, shape = (batch, frames, n_state)."""
         return self._custom(
-            "whisper_encoder_blocks", [x, self.threads, *self._operands(ENCODER_BLOCKS)], x.shape
+            "whisper_encoder_blocks",
+            [x, self.threads, *self._operands(ENCODER_BLOCKS)],
+            x.shape,
+            product=self.storage.product,
+            attention=self.storage.attention,
         )
 
     def cross_kv(self, features: TensorValue, keys: BufferValue, values: BufferValue) -> None:
@@ -110,7 +115,7 @@ class Layers:
             "whisper_cross_kv",
             self.device,
             [keys, values, features, self.threads, *operands],
-            parameters={"width": self.storage.width},
+            parameters={"width": self.storage.width, "product": self.storage.product},
         )
 
     def embed(self, tokens: TensorValue, position: TensorValue) -> TensorValue:
@@ -160,7 +165,7 @@ class Layers:
                 *self._operands(DECODER_BLOCKS),
             ],
             [self._type(x.shape), self._type(score_shape)],
-            parameters={"width": self.storage.width},
+            parameters={"width": self.storage.width, "product": self.storage.product},
         )
         return result.tensor, raw_scores.tensor
 
@@ -202,7 +207,11 @@ class Layers:
         return TensorType(DType.float32, shape, self.device)
 
     def _custom(
-        self, op: str, values: list[TensorValue], shape: ShapeLike, **parameters: bool | int
+        self,
+        op: str,
+        values: list[TensorValue],
+        shape: ShapeLike,
+        **parameters: bool | int | DType,
     ) -> TensorValue:
         parameters["width"] = self.storage.width
         types = [self._type(shape)]

@@ -77,17 +77,22 @@ DECODER = (
 
 @dataclass(frozen=True)
 class Storage:
-    """How numbers are held. All arithmetic is float32.
+    """How numbers are held, and what many rows are multiplied in. All sums are float32.
 
     weight : dtype of the packed linear weights: float16 (exact for official checkpoints),
         float32, or int8 with one scale per output channel.
     cross : dtype of the cached cross-attention keys and values.
     width : float32 lanes of the vectors that the kernels use: 16, 8 or 4.
+    product : what linear layers multiply many rows in: float32, bfloat16 or, where the weights
+        are int8, int8. The last two need width 16 and the instructions.
+    attention : what the encoder's attention multiplies in: float32 or bfloat16.
     """
 
     weight: DType
     cross: DType
     width: int
+    product: DType
+    attention: DType
 
 
 def threads_type(device: DeviceRef) -> TensorType:

@@ -1,14 +1,17 @@
 """Attention on packed keys and values: softmax(q k^T / 8) v with head_dim 64.
 
 Keys are packed like weights: panels of 32 frames, `[frames / 32, 64, 32]`. Values are two panels
-of 32 channels, `[2, frames, 32]`, frames padded to a multiple of 32 with zeros. Scores of a
-few rows live in a worker's scratch; the score matrix of a window is never formed.
+of 32 channels, `[2, frames, 32]`, frames padded to a multiple of 32 with zeros. Panels of bfloat16
+hold pairs (products.mojo): both products are then made of such pairs. Scores of a few rows live in
+a worker's scratch; the score matrix of a window is never formed.
 """
 
 from std.math import align_up, ceildiv, exp
+from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 
-from .gemm import F32, PANEL, Floats, Packed, accumulate, tile_rows
+from .gemm import F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
+from .products import BF16, WORDS, Words, accumulate_pairs, store_bfloat16, store_pairs, words_of
 
 comptime HEAD_DIM = 64
 comptime SCALE: Float32 = 0.125
@@ -37,6 +40,9 @@ def pack_keys[
     type: DType
 ](source: Floats, row_stride: Int, frames: Int, to: Packed[type]):
     """Packs the keys of one head; frame `f` of the source starts at `f * row_stride`."""
+    comptime if type == BF16:
+        pack_key_pairs(source, row_stride, frames, words_of(to))
+        return
     for panel in range(ceildiv(frames, PANEL)):
         for d in range(HEAD_DIM):
             var line = to.unsafe_offset((panel * HEAD_DIM + d) * PANEL)
@@ -50,11 +56,43 @@ def pack_keys[
                 line.unsafe_offset(lane).unsafe_store(Scalar[type](0))
 
 
+def pack_key_pairs(source: Floats, row_stride: Int, frames: Int, to: Words):
+    """Packs keys as pairs: two neighbours of a key are one word, and frames lie side by side."""
+    comptime pairs = HEAD_DIM // 2
+    var key = unsafe_stack_allocation[HEAD_DIM, Scalar[BF16], alignment=64]()
+    for frame in range(padded(frames)):
+        var line = to.unsafe_offset((frame // PANEL) * pairs * PANEL + frame % PANEL)
+        if frame < frames:
+            store_bfloat16(source.unsafe_offset(frame * row_stride), raw(key), HEAD_DIM)
+        var words = words_of(raw(key))
+        for pair in range(pairs):
+            var word = words.unsafe_offset(pair).unsafe_load() if frame < frames else 0
+            line.unsafe_offset(pair * PANEL).unsafe_store(word)
+
+
+def pack_value_pairs(source: Floats, row_stride: Int, frames: Int, to: Packed[BF16]):
+    """Packs values as pairs of frames."""
+    var length = padded(frames)
+    for half in range(HEAD_DIM // PANEL):
+        for frame in range(0, length, 2):
+            var first = SIMD[F32, PANEL](0)
+            var second = SIMD[F32, PANEL](0)
+            var at = source.unsafe_offset(frame * row_stride + half * PANEL)
+            if frame < frames:
+                first = at.unsafe_load[width=PANEL]()
+            if frame + 1 < frames:
+                second = at.unsafe_offset(row_stride).unsafe_load[width=PANEL]()
+            store_pairs(first, second, to.unsafe_offset((half * length + frame) * PANEL))
+
+
 def pack_values[
     type: DType, width: Int
 ](source: Floats, row_stride: Int, frames: Int, to: Packed[type]):
     """Packs the values of one head."""
     var length = padded(frames)
+    comptime if type == BF16:
+        pack_value_pairs(source, row_stride, frames, Packed[BF16](unsafe_from_address=Int(to)))
+        return
     for half in range(HEAD_DIM // PANEL):
         for frame in range(length):
             var line = to.unsafe_offset((half * length + frame) * PANEL)
@@ -124,22 +162,10 @@ struct Attention[type: DType, width: Int](ImplicitlyCopyable):
     def tile[rows: Int](self, scores: Floats, stride: Int, row: Int):
         """Attends with `rows` rows from `row` on."""
         var length = padded(self.frames)
-        var query = self.query.unsafe_offset(row * self.query_stride)
-        for panel in range(length // PANEL):
-            comptime for part in range(PANEL // (2 * Self.width)):
-                var offset = part * 2 * Self.width
-                var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
-                accumulate[rows, Self.width](
-                    sums,
-                    query,
-                    self.query_stride,
-                    self.keys.unsafe_offset(panel * HEAD_DIM * PANEL + offset),
-                    HEAD_DIM,
-                )
-                comptime for i in range(2 * rows):
-                    scores.unsafe_offset(
-                        (i // 2) * stride + panel * PANEL + offset + (i % 2) * Self.width
-                    ).unsafe_store(sums[i] * SCALE)
+        comptime if Self.type == BF16:
+            self.score_pairs[rows](scores, stride, row)
+        else:
+            self.score[rows](scores, stride, row)
         if self.wants_scores:
             for r in range(rows):
                 for i in range(length):
@@ -149,6 +175,57 @@ struct Attention[type: DType, width: Int](ImplicitlyCopyable):
         var totals = Array[Float32, rows](fill=0)
         comptime for r in range(rows):
             totals[r] = softmax(scores.unsafe_offset(r * stride), self.frames, length)
+        comptime if Self.type == BF16:
+            self.mix_pairs[rows](scores, stride, totals, row)
+        else:
+            self.mix[rows](scores, stride, totals, row)
+
+    @always_inline
+    def score[rows: Int](self, scores: Floats, stride: Int, row: Int):
+        """The scaled products of the queries with all keys."""
+        for panel in range(padded(self.frames) // PANEL):
+            comptime for part in range(PANEL // (2 * Self.width)):
+                var offset = part * 2 * Self.width
+                var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
+                accumulate[rows, Self.width](
+                    sums,
+                    self.query.unsafe_offset(row * self.query_stride),
+                    self.query_stride,
+                    self.keys.unsafe_offset(panel * HEAD_DIM * PANEL + offset),
+                    HEAD_DIM,
+                )
+                comptime for i in range(2 * rows):
+                    scores.unsafe_offset(
+                        (i // 2) * stride + panel * PANEL + offset + (i % 2) * Self.width
+                    ).unsafe_store(sums[i] * SCALE)
+
+    @always_inline
+    def score_pairs[rows: Int](self, scores: Floats, stride: Int, row: Int):
+        """The same from pairs."""
+        var query = unsafe_stack_allocation[rows * HEAD_DIM, Scalar[BF16], alignment=64]()
+        for r in range(rows):
+            store_bfloat16(
+                self.query.unsafe_offset((row + r) * self.query_stride),
+                raw(query).unsafe_offset(r * HEAD_DIM),
+                HEAD_DIM,
+            )
+        var keys = Packed[BF16](unsafe_from_address=Int(self.keys))
+        for panel in range(padded(self.frames) // PANEL):
+            var sums = Array[SIMD[F32, WORDS], 2 * rows](fill=SIMD[F32, WORDS](0))
+            accumulate_pairs[rows](
+                sums, raw(query), HEAD_DIM, keys.unsafe_offset(panel * HEAD_DIM * PANEL), HEAD_DIM
+            )
+            comptime for i in range(2 * rows):
+                scores.unsafe_offset(
+                    (i // 2) * stride + panel * PANEL + (i % 2) * WORDS
+                ).unsafe_store(sums[i] * SCALE)
+
+    @always_inline
+    def mix[
+        rows: Int
+    ](self, scores: Floats, stride: Int, totals: Array[Float32, rows], row: Int):
+        """The values, weighted."""
+        var length = padded(self.frames)
         comptime for part in range(HEAD_DIM // (2 * Self.width)):
             comptime column = part * 2 * Self.width
             var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
@@ -162,6 +239,28 @@ struct Attention[type: DType, width: Int](ImplicitlyCopyable):
             comptime for i in range(2 * rows):
                 self.output.unsafe_offset(
                     (row + i // 2) * self.output_stride + column + (i % 2) * Self.width
+                ).unsafe_store(sums[i] / totals[i // 2])
+
+    @always_inline
+    def mix_pairs[
+        rows: Int
+    ](self, scores: Floats, stride: Int, totals: Array[Float32, rows], row: Int):
+        """The same from pairs; the weights are rounded in place."""
+        var length = padded(self.frames)
+        var weights = Packed[BF16](unsafe_from_address=Int(scores))
+        for r in range(rows):
+            store_bfloat16(
+                scores.unsafe_offset(r * stride), weights.unsafe_offset(2 * r * stride), length
+            )
+        var values = Packed[BF16](unsafe_from_address=Int(self.values))
+        comptime for half in range(HEAD_DIM // PANEL):
+            var sums = Array[SIMD[F32, WORDS], 2 * rows](fill=SIMD[F32, WORDS](0))
+            accumulate_pairs[rows](
+                sums, weights, 2 * stride, values.unsafe_offset(half * length * PANEL), length
+            )
+            comptime for i in range(2 * rows):
+                self.output.unsafe_offset(
+                    (row + i // 2) * self.output_stride + half * PANEL + (i % 2) * WORDS
                 ).unsafe_store(sums[i] / totals[i // 2])
 
 

@@ -38,7 +38,7 @@ def norm_of(
 
 @always_inline
 def linear[
-    type: DType, //, width: Int
+    type: DType, //, width: Int, product: DType
 ](
     output: Floats,
     x: Floats,
@@ -50,11 +50,11 @@ def linear[
     norm: Norm,
     residual: Bool,
     gelu: Bool,
-) -> Projection[type, width]:
+) -> Projection[type, width, product]:
     """The projection of one layer; `residual` adds to what the output holds."""
     var length = weight.dim_size(2)
     var columns = bias.dim_size(1)
-    return Projection[type, width](
+    return Projection[type, width, product](
         output,
         x,
         raw(weight.unsafe_ptr()).unsafe_offset(
@@ -75,8 +75,8 @@ def linear[
 
 @always_inline
 def project[
-    type: DType, width: Int, //
-](mut phases: Phases, team: Int, projection: Projection[type, width]):
+    type: DType, width: Int, product: DType, //
+](mut phases: Phases, team: Int, projection: Projection[type, width, product]):
     """One phase: a linear layer."""
     var chunks = projection.chunks(team)
 
@@ -91,7 +91,7 @@ def project[
 struct EncoderBlocks:
     @staticmethod
     def execute[
-        target: StaticString, type: DType, //, width: Int
+        target: StaticString, type: DType, //, width: Int, product: DType, attention: DType
     ](
         output: OutputTensor[dtype=F32, rank=3, ...],
         x: InputTensor[dtype=F32, rank=3, ...],
@@ -114,7 +114,10 @@ struct EncoderBlocks:
         mlp_2_bias: InputTensor[dtype=F32, rank=2, ...],
         ctx: DeviceContext,
     ) raises:
-        """All blocks of the encoder: x, shape (batch, frames, n_state); threads[0] at most."""
+        """All blocks of the encoder: x, shape (batch, frames, n_state); threads[0] at most.
+
+        Linear layers multiply in `product`, attention in `attention`.
+        """
         var batch = x.dim_size(0)
         var frames = x.dim_size(1)
         var n = x.dim_size(2)
@@ -127,7 +130,7 @@ struct EncoderBlocks:
         # The hidden layer of the MLP (4n) takes the place of qkv (3n) and the attended values (n).
         var hidden = unsafe_alloc[Float32](rows * 4 * n)
         var attended = hidden.unsafe_offset(rows * 3 * n)
-        var keys = unsafe_alloc[Float32](2 * batch * heads * head_size(frames))
+        var keys = unsafe_alloc[Scalar[attention]](2 * batch * heads * head_size(frames))
         var values = keys.unsafe_offset(batch * heads * head_size(frames))
         var phases = Phases(6 * layers)
         var query_blocks = ceildiv(frames, QUERY_ROWS)
@@ -157,7 +160,7 @@ struct EncoderBlocks:
             var end = frames * (chunk % query_blocks + 1) // query_blocks
             var row = (head // heads) * frames + begin
             var column = (head % heads) * HEAD_DIM
-            Attention[F32, width](
+            Attention[attention, width](
                 attended.unsafe_offset(row * n + column),
                 n,
                 hidden.unsafe_offset(row * 3 * n + column),
@@ -180,18 +183,18 @@ struct EncoderBlocks:
             for layer in range(layers):
                 var attn_ln = norm_of(attn_ln_weight, attn_ln_bias, layer)
                 var mlp_ln = norm_of(mlp_ln_weight, mlp_ln_bias, layer)
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     hidden, stream, rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln, False, False
                 ))
                 phase.run(batch * heads, pack)
                 phase.run(batch * heads * query_blocks, attend)
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     stream, attended, rows, out_weight, out_scale, out_bias, layer, none, True, False
                 ))
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     hidden, stream, rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln, False, True
                 ))
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     stream, hidden, rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none, True, False
                 ))
 
@@ -205,7 +208,7 @@ struct EncoderBlocks:
 struct DecoderBlocks:
     @staticmethod
     def execute[
-        target: StaticString, type: DType, cache_type: DType, //, width: Int
+        target: StaticString, type: DType, cache_type: DType, //, width: Int, product: DType
     ](
         output: OutputTensor[dtype=F32, rank=3, ...],
         raw_scores: OutputTensor[dtype=F32, rank=3, ...],
@@ -337,29 +340,29 @@ struct DecoderBlocks:
                         slot >= 0,
                     ).run(group)
 
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     hidden, stream, all_rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln,
                     False, False,
                 ))
                 phase.run(rows * heads, attend)
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     stream, attended, all_rows, out_weight, out_scale, out_bias, layer, none,
                     True, False,
                 ))
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     hidden, stream, all_rows, cross_query_weight, cross_query_scale,
                     cross_query_bias, layer, cross_ln, False, False,
                 ))
                 phase.run(windows * heads, cross_attend)
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     stream, attended, all_rows, cross_out_weight, cross_out_scale, cross_out_bias,
                     layer, none, True, False,
                 ))
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     hidden, stream, all_rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln,
                     False, True,
                 ))
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     stream, hidden, all_rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none,
                     True, False,
                 ))
@@ -373,7 +376,7 @@ struct DecoderBlocks:
 struct CrossKV:
     @staticmethod
     def execute[
-        target: StaticString, type: DType, cache_type: DType, //, width: Int
+        target: StaticString, type: DType, cache_type: DType, //, width: Int, product: DType
     ](
         keys: MutableInputTensor[dtype=cache_type, rank=4, ...],
         values: MutableInputTensor[dtype=cache_type, rank=4, ...],
@@ -429,7 +432,7 @@ struct CrossKV:
                         at.unsafe_offset(n), 2 * n, frames, to_values.unsafe_offset(to)
                     )
 
-                project(phase, team, linear[width](
+                project(phase, team, linear[width, product](
                     projected, x, rows, kv_weight, kv_scale, kv_bias, layer, none, False, False
                 ))
                 phase.run(windows * heads, pack)

@@ -9,15 +9,13 @@ from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 
 from .gemm import F32, PANEL, Floats, Packed, accumulate, copy, raw, tile_rows
+from .products import BLOCK_LENGTH, WORDS, Block
 
 comptime EPSILON: Float32 = 1e-5
 comptime FEW_ROWS = 48
 """Up to here the weights are the traffic: panels are streamed instead of blocked."""
 comptime BLOCK_ROWS = 192
-comptime BLOCK_LENGTH = 512
 comptime BLOCK_PANELS = 16
-comptime BLOCK_STRIDE = BLOCK_LENGTH + 16
-"""Row distance in a packed block: constant, and rows fall into different cache sets."""
 
 
 @always_inline
@@ -93,9 +91,10 @@ struct Norm(ImplicitlyCopyable):
 
 
 @fieldwise_init
-struct Projection[type: DType, width: Int](ImplicitlyCopyable):
+struct Projection[type: DType, width: Int, product: DType](ImplicitlyCopyable):
     """One linear layer: its operands, and the work on one chunk of its output.
 
+    `product` is what many rows are multiplied in; few are, in float32, as fast as memory is read.
     `weight` is packed, `[panels, length, 32]`. `scale` multiplies each output channel (int8
     weights) where `scaled`. `residual` is read at `row % residual_rows` (0: none) and may be the
     output itself.
@@ -160,29 +159,41 @@ struct Projection[type: DType, width: Int](ImplicitlyCopyable):
             comptime for tile in range(4):
                 comptime rows = (tile_rows[Self.width](), 5, 2, 1)[tile]
                 while row + rows <= self.rows:
-                    self.tile[rows](
-                        a.unsafe_offset(row * self.length),
-                        self.length,
-                        self.weight.unsafe_offset(panel * self.length * PANEL),
-                        self.length,
-                        row,
-                        rows,
-                        panel * PANEL,
-                        True,
-                        True,
-                    )
+                    self.stream_tile[rows](a.unsafe_offset(row * self.length), row, panel)
                     row += rows
         if self.norm.length > 0:
             a.unsafe_free()
+
+    @always_inline
+    def stream_tile[rows: Int](self, a: Floats, row: Int, panel: Int):
+        """`rows` rows times one panel, widened in registers."""
+        var sums = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
+        comptime for part in range(PANEL // (2 * Self.width)):
+            var vectors = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
+            accumulate[rows, Self.width](
+                vectors,
+                a,
+                self.length,
+                self.weight.unsafe_offset(panel * self.length * PANEL + part * 2 * Self.width),
+                self.length,
+            )
+            comptime for i in range(2 * rows):
+                sums.unsafe_offset(
+                    (i // 2) * PANEL + (2 * part + i % 2) * Self.width
+                ).unsafe_store(vectors[i])
+        for r in range(rows):
+            self.finish_row(raw(sums).unsafe_offset(r * PANEL), row + r, panel * PANEL, True, True)
 
     def block(self, first_row: Int, last_row: Int, first_panel: Int, last_panel: Int):
         """Many rows times a run of panels, `length` in blocks, each packed once for all panels."""
         comptime rows_in_tile = tile_rows[Self.width]()
         var rows = last_row - first_row
-        var step = align_up(ceildiv(self.length, ceildiv(self.length, BLOCK_LENGTH)), Self.width)
+        var step = align_up(ceildiv(self.length, ceildiv(self.length, BLOCK_LENGTH)), WORDS)
         # Whole tiles are computed; what stands in the rows past the end is never stored.
-        var a = unsafe_alloc[Float32](align_up(rows, rows_in_tile) * BLOCK_STRIDE)
-        var b = unsafe_alloc[Float32](step * PANEL)
+        var block = Block[Self.product, Self.width](align_up(rows, rows_in_tile))
+        # The sums leave the registers through a small buffer, so that what follows the product
+        # is compiled once and not once for each register.
+        var sums = unsafe_stack_allocation[rows_in_tile * PANEL, Float32, alignment=64]()
         for begin in range(0, self.length, step):
             var length = min(step, self.length - begin)
             for row in range(rows):
@@ -191,61 +202,24 @@ struct Projection[type: DType, width: Int](ImplicitlyCopyable):
                     self.length,
                     begin,
                     length,
-                    a.unsafe_offset(row * BLOCK_STRIDE),
+                    block.room(row),
                 )
+                block.take_row(row, length)
             for panel in range(first_panel, last_panel):
-                var packed = self.weight.unsafe_offset((panel * self.length + begin) * PANEL)
-                for i in range(0, length * PANEL, Self.width):
-                    b.unsafe_offset(i).unsafe_store(
-                        packed.unsafe_offset(i).unsafe_load[width=Self.width]().cast[F32]()
-                    )
+                block.take_panel(
+                    self.weight.unsafe_offset((panel * self.length + begin) * PANEL), length
+                )
                 for row in range(0, rows, rows_in_tile):
-                    self.tile[rows_in_tile](
-                        a.unsafe_offset(row * BLOCK_STRIDE),
-                        BLOCK_STRIDE,
-                        b,
-                        length,
-                        first_row + row,
-                        min(rows_in_tile, rows - row),
-                        panel * PANEL,
-                        begin == 0,
-                        begin + length == self.length,
-                    )
-        a.unsafe_free()
-        b.unsafe_free()
-
-    @always_inline
-    def tile[
-        b_type: DType, //, rows: Int
-    ](
-        self,
-        a: Floats,
-        row_stride: Int,
-        panel: Packed[b_type],
-        length: Int,
-        row: Int,
-        valid: Int,
-        column: Int,
-        first: Bool,
-        last: Bool,
-    ):
-        """Multiplies `rows` rows with one panel and finishes the `valid` ones.
-
-        The sums leave the registers through a small buffer, so that what follows the product is
-        compiled once and not once for each register.
-        """
-        var buffer = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
-        comptime for part in range(PANEL // (2 * Self.width)):
-            var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
-            accumulate[rows, Self.width](
-                sums, a, row_stride, panel.unsafe_offset(part * 2 * Self.width), length
-            )
-            comptime for i in range(2 * rows):
-                buffer.unsafe_offset(
-                    (i // 2) * PANEL + (2 * part + i % 2) * Self.width
-                ).unsafe_store(sums[i])
-        for r in range(valid):
-            self.finish_row(raw(buffer).unsafe_offset(r * PANEL), row + r, column, first, last)
+                    block.multiply[rows_in_tile](row, length, raw(sums))
+                    for r in range(min(rows_in_tile, rows - row)):
+                        self.finish_row(
+                            raw(sums).unsafe_offset(r * PANEL),
+                            first_row + row + r,
+                            panel * PANEL,
+                            begin == 0,
+                            begin + length == self.length,
+                        )
+        block.free()
 
     def finish_row(self, sums: Floats, row: Int, column: Int, first: Bool, last: Bool):
         """Finishes the sums of one row and one panel; the last panel may be cut off."""

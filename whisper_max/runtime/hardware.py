@@ -57,6 +57,11 @@ def has_vnni() -> bool:
     return _detected_level() != "baseline" and "avx512_vnni" in cpu_flags()
 
 
+def has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 in AVX-512 registers and is at "avx512" or above."""
+    return _detected_level() != "baseline" and "avx512_bf16" in cpu_flags()
+
+
 @lru_cache(maxsize=1)
 def cpu_flags() -> frozenset[str]:
     """The CPU's features as Linux spells them; empty on other systems."""
@@ -87,6 +92,7 @@ def describe() -> dict[str, str | int | bool | None]:
         "cpu_model": cpu_model(),
         "cpu_level": cpu_level(),
         "vnni": has_vnni(),
+        "bf16": has_bf16(),
         "cpus": os.cpu_count(),
         "affinity": affinity(),
         "threads": threads(),

@@ -12,7 +12,7 @@ from ..settings import Settings
 from . import artifacts, compilation, hardware
 from .cache_folder import CacheRefused
 from .engine import Engine
-from .storage import key_of
+from .storage import Arithmetic, key_of
 
 logger = logging.getLogger("whisper_max")
 
@@ -27,13 +27,13 @@ def refuse_after_fork() -> None:
         raise UnsupportedByMax("this process was forked: MAX does not survive a fork")
 
 
-def engine(weight: str, cross: str, settings: Settings) -> Engine:
-    """The loaded engine of a storage. Compiles, waits or does neither, as the settings say.
+def engine(arithmetic: Arithmetic, settings: Settings) -> Engine:
+    """The loaded engine of an arithmetic. Compiles, waits or does neither, as the settings say.
 
     Raises UnsupportedByMax with the reason while there is none.
     """
     refuse_after_fork()
-    key = key_of(weight, cross, settings.cpu_level)
+    key = key_of(arithmetic, settings.cpu_level)
     found = _engines.get(key.digest)
     if found is not None:
         return found

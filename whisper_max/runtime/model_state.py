@@ -20,7 +20,7 @@ from ..dispatch import refuse
 from ..settings import Settings
 from . import loading, weights
 from .engine import CrossCache, Engine
-from .storage import storage_of
+from .storage import Arithmetic, arithmetic_of
 
 
 class Ready(NamedTuple):
@@ -69,7 +69,7 @@ class ModelState:
         self.cross: Memo[CrossCache] = Memo()
         self._guard = threading.Lock()
         self._seen: list[tuple[Tensor, int, int]] = []
-        self._choice: tuple[str, str] | None = None
+        self._arithmetic: Arithmetic | None = None
         self._precision = ""
         self._ready: Ready | None = None
 
@@ -84,11 +84,11 @@ class ModelState:
         with self._guard:
             if settings.precision != self._precision or not self._unchanged(module):
                 self._look_at(module, settings.precision)
-            weight, cross = self._choice
-            engine = loading.engine(weight, cross, settings)
+            arithmetic = self._arithmetic
+            engine = loading.engine(arithmetic, settings)
             if self._ready is None or self._ready.engine is not engine:
-                packed = self._pack(module, getattr(torch, weight))
-                self._ready = Ready(engine, packed, getattr(torch, cross))
+                packed = self._pack(module, getattr(torch, arithmetic.weight))
+                self._ready = Ready(engine, packed, getattr(torch, arithmetic.cross))
             return self._ready
 
     def _unchanged(self, module: nn.Module) -> bool:
@@ -100,7 +100,7 @@ class ModelState:
 
     def _look_at(self, module: nn.Module, precision: str) -> None:
         """Notes the parameters as they are, and how they are to be held."""
-        self._ready, self._choice, self._seen, self._precision = None, None, [], ""
+        self._ready, self._arithmetic, self._seen, self._precision = None, None, [], ""
         self.features.drop()
         self.cross.drop()
         tensors = list(_tensors(module))
@@ -108,7 +108,7 @@ class ModelState:
         exact = precision in ("medium", "int8") or weights.exact_in_float16(
             weights.matrices(module.state_dict())
         )
-        self._choice = storage_of(precision, exact)
+        self._arithmetic = arithmetic_of(precision, exact)
         self._seen = [(t, t.data_ptr(), t._version) for t in tensors]
         self._precision = precision
 
