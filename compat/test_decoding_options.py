@@ -91,6 +91,23 @@ def test_batch_of_windows(plain, checkpoint, options):
         assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("options", [{"beam_size": 3}, {"temperature": 0.5, "best_of": 2}])
+def test_several_rows_for_each_window_of_a_batch(plain, checkpoint, options):
+    """Upstream fails with them: a window has the result that it has alone."""
+    names = ("en01", "de01")
+    samples = [soundfile.read(RECORDINGS / f"{n}.flac", dtype="float32")[0] for n in names]
+    batch = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(s)) for s in samples])
+    with pytest.raises((AssertionError, RuntimeError)):
+        decode(plain, batch, options)
+    torch.manual_seed(7)  # once, as for the batch
+    options_of_all = DecodingOptions(fp16=False, **options)
+    expected = [whisper.decode(plain, window, options_of_all) for window in batch]
+    with on_max():
+        found = decode(checkpoint, batch, options)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs)
+
+
 def test_interrupted_decode_leaves_the_model_usable(plain, checkpoint, mel, monkeypatch):
     expected = decode(plain, mel, {})
     select = DecoderSession.select

@@ -52,6 +52,7 @@ def install_replacements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     model = importlib.import_module("whisper.model")
     decoding = importlib.import_module("whisper.decoding")
     main_loop = upstream("decoding_loop")
+    run = decoding.DecodingTask.run
     align = upstream("alignment")
     calls: list[str] = []
 
@@ -84,6 +85,9 @@ def install_replacements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         note("decoding_loop")
         return main_loop(self, audio_features, tokens)
 
+    def max_run(self, mel):
+        return run(self, mel)
+
     def find_alignment(*args, **options):
         note("alignment")
         return align(*args, **options)
@@ -93,6 +97,7 @@ def install_replacements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("text_decoder", MaxTextDecoder),
         ("inference", MaxInference),
         ("decoding_loop", max_main_loop),
+        ("decoding_task", max_run),
         ("alignment", find_alignment),
     ):
         module = ModuleType(f"whisper_max.{name}")

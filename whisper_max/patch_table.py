@@ -59,6 +59,12 @@ TABLE = (
         "DecodingTask._main_loop",
         "whisper_max.decoding_loop:max_main_loop",
     ),
+    Row(
+        "decoding_loop",
+        "whisper.decoding",
+        "DecodingTask.run",
+        "whisper_max.decoding_task:max_run",
+    ),
     Row("alignment", "whisper.timing", "find_alignment", "whisper_max.alignment:find_alignment"),
 )
 

@@ -42,6 +42,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "inference": _INFERENCE,
     "decoding_loop": {
         **_INFERENCE,
+        "decoding.DecodingTask.run": "(self, mel)",
         "decoding.GreedyDecoder.update": "(self, tokens, logits, sum_logprobs)",
         "decoding.BeamSearchDecoder.update": "(self, tokens, logits, sum_logprobs)",
         "decoding.SuppressBlank.apply": "(self, logits, tokens)",

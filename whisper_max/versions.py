@@ -163,6 +163,8 @@ def _find(name: str) -> object | None:
 
 def _signature(function: FunctionType) -> str:
     """Its parameters and defaults as written, without annotations."""
+    if function.__code__.co_filename.endswith("torch/utils/_contextlib.py"):
+        function = function.__wrapped__  # upstream's own @torch.no_grad()
     signature = inspect.signature(function, follow_wrapped=False)
     bare = [
         parameter.replace(annotation=inspect.Parameter.empty)

@@ -1,0 +1,27 @@
+"""A batch of windows with several rows each: `whisper.decoding.DecodingTask.run`.
+
+Upstream's run pairs the rows of beam search, or of best_of, with the windows of a batch wrongly,
+and fails. Each window is decoded on its own here, as `decode` does with a single one.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from whisper.decoding import DecodingResult, DecodingTask
+
+from . import activation
+from .activation import originals
+
+upstream_run = originals.get("whisper.decoding.DecodingTask.run", DecodingTask.run)
+
+
+def max_run(self: DecodingTask, mel: Tensor) -> list[DecodingResult]:
+    """One result for each window, as upstream's `DecodingTask.run`.
+
+    mel : torch.Tensor, shape = (windows, n_mels, 2 * n_audio_ctx)
+        log-mel spectrograms; or encoded audio, (windows, n_audio_ctx, n_audio_state)
+    """
+    several = len(mel) > 1 and self.n_group > 1 and type(self) is DecodingTask
+    if not several or activation.why_off("decoding_loop") is not None:
+        return upstream_run(self, mel)
+    return [result for window in mel.split(1) for result in upstream_run(self, window)]
