@@ -78,14 +78,9 @@ class DecoderSession:
         self, tokens: list[int], selection: Selection, rules: list[list[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Decodes one token for each row and ranks what may follow, see `decoder_select`."""
+        selection.at(tokens, rules)
         return decoder_select(
-            self._ready.engine,
-            self._ready.packed[1],
-            self._state,
-            int32([[token] for token in tokens]),
-            self._no_scores,
-            selection,
-            rules,
+            self._ready.engine, self._ready.packed[1], self._state, self._no_scores, selection
         )
 
     def prefill(self, tokens: Tensor, wanted: Iterable[int]) -> Tensor:

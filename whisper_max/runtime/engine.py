@@ -83,6 +83,28 @@ class DecoderState:
         shape = (layers, 2, rows, heads, n_text_ctx, HEAD_DIM)
         self.self_cache = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
         self.source = np.zeros((rows, n_text_ctx), np.int32)
+        self._position = np.array([0, cross.frames], np.int32)
+        # MAX sees what is written to these arrays: making a buffer takes longer than a step's
+        # Python may.
+        self._source_buffer = Buffer.from_numpy(self.source)
+        self._position_buffer = Buffer.from_numpy(self._position)
+
+    def take(self, rows: int, count: int) -> tuple[Buffer, Buffer]:
+        """Makes room for `count` tokens of each row; the operands `position` and `source`.
+
+        Raises UnsupportedByMax where they do not fit: the kernels would write past the cache.
+        """
+        end = self.length + count
+        if rows > self.rows or end > self.n_text_ctx:
+            raise UnsupportedByMax(
+                f"{rows} rows of {end} tokens, where {self.rows} of {self.n_text_ctx} fit"
+            )
+        # A position's keys and values stand in the row that appended it.
+        self.source[:rows, self.length : end] = np.arange(rows, dtype=np.int32)[:, None]
+        self._position[0] = self.length
+        if rows == self.rows:
+            return self._position_buffer, self._source_buffer
+        return self._position_buffer, Buffer.from_numpy(self.source[:rows])
 
     def reorder(self, parents: list[int]) -> None:
         """Row i goes on as a copy of what row parents[i] was."""
@@ -90,7 +112,7 @@ class DecoderState:
 
 
 class Selection:
-    """What does not change from step to step in the choice of tokens.
+    """The choice of tokens: what does not change from step to step, and room for what does.
 
     suppressed : tokens that are never sampled
     n_vocab : size of the vocabulary
@@ -105,6 +127,15 @@ class Selection:
         self.mask = Buffer.from_numpy(mask)
         self.ranks = int32([0] * count)
         self.every_row = int32(list(range(rows)))
+        self._tokens = np.zeros((rows, 1), np.int32)
+        self._rules = np.zeros((rows, 5), np.int32)
+        self.tokens = Buffer.from_numpy(self._tokens)
+        self.rules = Buffer.from_numpy(self._rules)
+
+    def at(self, tokens: list[int], rules: list[list[int]]) -> None:
+        """The step's tokens, one of each row, and the rules for what may follow them."""
+        self._tokens[:, 0] = tokens
+        self._rules[:] = rules
 
 
 class Scores:
@@ -116,11 +147,16 @@ class Scores:
     def __init__(self, slots: list[list[int]]) -> None:
         self.slots = int32(slots)
         self.count = 1 + max(max(row) for row in slots)
+        self._rooms: dict[tuple[int, int], Buffer] = {}
 
     def room(self, rows: int, padded_frames: int) -> Buffer:
         """A tensor of the result's shape: graphs take sizes from their operands only."""
-        shape = (self.count, rows, padded_frames)
-        return to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
+        room = self._rooms.get((rows, padded_frames))
+        if room is None:
+            shape = (self.count, rows, padded_frames)
+            room = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
+            self._rooms[rows, padded_frames] = room
+        return room
 
     @classmethod
     def none(cls, layers: int, heads: int) -> Scores:
@@ -153,20 +189,16 @@ def decoder_select(
     engine: Engine,
     weights: list[Buffer],
     state: DecoderState,
-    tokens: Buffer,
     scores: Scores,
     selection: Selection,
-    rules: list[list[int]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes one new token for each row, shape = (rows, 1), and ranks what may follow.
-
-    rules : for each row, see kernels/select.mojo
+    """Decodes one new token for each row and ranks what may follow, as `selection.at` says.
 
     Returns log probabilities, float32, and tokens, int32, both (rows, selection.count), the most
     likely first.
     """
-    operands = _operands(engine, state, tokens, selection.every_row, scores)
-    choice = (selection.mask, int32(rules), selection.ranks)
+    operands = _operands(engine, state, selection.tokens, selection.every_row, scores)
+    choice = (selection.mask, selection.rules, selection.ranks)
     logprobs, best = engine.execute("decoder_select", *operands, *choice, *weights)
     state.length += 1
     return logprobs.to_numpy(), best.to_numpy()
@@ -176,17 +208,11 @@ def _operands(
     engine: Engine, state: DecoderState, tokens: Buffer, wanted: Buffer, scores: Scores
 ) -> tuple[Buffer, ...]:
     rows, count = tokens.shape
-    end = state.length + count
-    if rows > state.rows or end > state.n_text_ctx:  # the kernels would write past the cache
-        raise UnsupportedByMax(
-            f"{rows} rows of {end} tokens, where {state.rows} of {state.n_text_ctx} fit"
-        )
-    # A position's keys and values stand in the row that appended it.
-    state.source[:rows, state.length : end] = np.arange(rows, dtype=np.int32)[:, None]
+    position, source = state.take(rows, count)
     return (
         tokens,
-        int32([state.length, state.cross.frames]),
-        Buffer.from_numpy(state.source[:rows]),
+        position,
+        source,
         wanted,
         scores.slots,
         scores.room(rows * count, state.cross.padded_frames),
