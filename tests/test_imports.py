@@ -31,6 +31,7 @@ LAYERS = [
 LEAVES = {
     "activation",
     "after_import",
+    "changed_parts",
     "class_swap",
     "conditions",
     "dimensions_of",

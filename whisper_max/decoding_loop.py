@@ -17,7 +17,7 @@ from whisper.decoding import BeamSearchDecoder, DecodingTask, GreedyDecoder
 from . import activation
 from .activation import originals
 from .conditions import UnsupportedByMax
-from .dispatch import reasons_of, refuse, run
+from .dispatch import out_of_memory_is_unsupported, reasons_of, refuse, run
 from .inference import MaxInference
 from .selection import Rules, foreign_filters, in_stock_order
 
@@ -87,7 +87,8 @@ def _on_max(
     refuse(_reasons(task))
     task.inference.start(tokens, audio_features)
     try:
-        return _decode(task, before, task.inference.session, audio_features, tokens)
+        with out_of_memory_is_unsupported():
+            return _decode(task, before, task.inference.session, audio_features, tokens)
     except UnsupportedByMax as failed:
         task.inference.leave_to_pytorch(reasons_of(failed))
         raise

@@ -15,7 +15,7 @@ import torch
 from max.driver import Buffer
 from torch import Tensor, nn
 
-from ..conditions import parameter_reasons
+from ..conditions import float16_reasons, parameter_reasons, value_reasons
 from ..dispatch import refuse
 from ..settings import Settings
 from . import loading, weights
@@ -24,11 +24,16 @@ from .storage import storage_of
 
 
 class Ready(NamedTuple):
-    """An engine, and one module's weights packed for it."""
+    """An engine, and one module's weights packed for it.
+
+    cross : dtype of the cross-attention keys and values
+    reach : of a decoder with such keys and values in float16, see `weights.reach`
+    """
 
     engine: Engine
     packed: tuple[list[Buffer], ...]
     cross: torch.dtype
+    reach: tuple[float, float]
 
 
 Kept = TypeVar("Kept")
@@ -87,15 +92,14 @@ class ModelState:
             weight, cross = self._choice
             engine = loading.engine(weight, cross, settings)
             if self._ready is None or self._ready.engine is not engine:
-                packed = self._pack(module, getattr(torch, weight))
-                self._ready = Ready(engine, packed, getattr(torch, cross))
+                self._ready = self._pack(module, engine, getattr(torch, weight), getattr(torch, cross))
             return self._ready
 
     def _unchanged(self, module: nn.Module) -> bool:
-        now = list(_tensors(module))
+        now = _tensors(module)
         return len(now) == len(self._seen) and all(
             tensor is seen and tensor.data_ptr() == address and tensor._version == version
-            for tensor, (seen, address, version) in zip(now, self._seen)
+            for tensor, (seen, address, version) in zip(now.values(), self._seen)
         )
 
     def _look_at(self, module: nn.Module, precision: str) -> None:
@@ -103,21 +107,27 @@ class ModelState:
         self._ready, self._choice, self._seen, self._precision = None, None, [], ""
         self.features.drop()
         self.cross.drop()
-        tensors = list(_tensors(module))
-        refuse(parameter_reasons(tensors))
-        exact = precision in ("medium", "int8") or weights.exact_in_float16(
-            weights.matrices(module.state_dict())
-        )
+        tensors = _tensors(module)
+        refuse(parameter_reasons(tensors.values()))
+        refuse(value_reasons(tensors))
+        matrices = list(weights.matrices(tensors))
+        exact = precision in ("medium", "int8") or weights.exact_in_float16(matrices)
+        if precision == "medium":
+            refuse(float16_reasons(matrices))
         self._choice = storage_of(precision, exact)
-        self._seen = [(t, t.data_ptr(), t._version) for t in tensors]
+        self._seen = [(t, t.data_ptr(), t._version) for t in tensors.values()]
         self._precision = precision
 
-    def _pack(self, module: nn.Module, storage: torch.dtype) -> tuple[list[Buffer], ...]:
-        state = module.state_dict()
+    def _pack(
+        self, module: nn.Module, engine: Engine, storage: torch.dtype, cross: torch.dtype
+    ) -> Ready:
+        tensors = _tensors(module)
         with torch.no_grad():
             if self.kind == "encoder":
-                return (weights.pack_encoder(state, storage),)
-            return weights.pack_cross_kv(state, storage), weights.pack_decoder(state, storage)
+                return Ready(engine, (weights.pack_encoder(tensors, storage),), cross, (0.0, 0.0))
+            packed = weights.pack_cross_kv(tensors, storage), weights.pack_decoder(tensors, storage)
+            reach = weights.reach(tensors) if cross is torch.float16 else (0.0, 0.0)
+            return Ready(engine, packed, cross, reach)
 
 
 _states: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
@@ -147,6 +157,9 @@ def drop_all(keep: Container[nn.Module]) -> None:
             del _states[module]
 
 
-def _tensors(module: nn.Module):
-    yield from module.parameters()
-    yield from module.buffers()
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name: what a state_dict is made of, without its hooks."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
