@@ -36,6 +36,7 @@ LEAVES = {
     "conditions",
     "dimensions_of",
     "dispatch",
+    "pickling",
     "report",
     "settings",
     "shadow",

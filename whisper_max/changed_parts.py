@@ -172,27 +172,27 @@ def _change(
     if cls.__name__ == "MultiHeadAttention" and child.n_head != heads:
         return f"{name} has n_head={child.n_head!r}"
     if part.weight and (changed := _changed_parameters(child, part, n_state)):
-        return f"{name} has {changed}"
+        return f"{name} {changed}"
     return None
 
 
 def _changed_parameters(child: nn.Module, part: Part, n_state: int) -> str | None:
-    """What weight or bias a part has that is not as upstream's, if so."""
+    """How the weight or bias of a part is not as upstream's, if so."""
     weight, bias = (_own_tensor(child, name) for name in ("weight", "bias"))
     if weight is None:
-        return "no weight of its own"
+        return "has no weight of its own"
     sizes = [None if times is None else times * n_state for times in part.weight]
     expected = (*sizes, *part.kernel)
     if len(weight.shape) != len(expected) or any(
         size not in (None, length) for size, length in zip(expected, weight.shape)
     ):
-        return f"weights of shape {tuple(weight.shape)}"
+        return f"has weights of shape {tuple(weight.shape)}"
     if bias is None:
         # A linear layer may go without. But one that is no parameter would go unseen.
         unseen = getattr(child, "bias", None) is not None
-        return "no bias of its own" if unseen or part == _NORM else None
+        return "has no bias of its own" if unseen or part == _NORM else None
     if bias.shape != weight.shape[:1]:
-        return f"a bias of shape {tuple(bias.shape)}"
+        return f"has a bias of shape {tuple(bias.shape)}"
     return None
 
 
