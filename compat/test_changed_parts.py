@@ -8,7 +8,7 @@ import whisper
 from torch import nn
 
 import whisper_max
-from harness import on_max, with_fallback
+from harness import on_max, on_pytorch, with_fallback
 from strategies import numbers, small, token_rows
 
 pytestmark = pytest.mark.allow_fallback
@@ -264,3 +264,20 @@ def test_a_class_given_another_forward_in_the_middle(model, monkeypatch):
     with with_fallback():  # and before patch(): the encoder is refused
         assert not whisper_max.is_patched("encoder")
         assert whisper_max.is_patched("decoder")
+
+
+def test_projections_that_change_their_names(model):
+    """The same parameters in the same order, to be used for something else."""
+    features = numbers((1, 60, 128), 3)
+    with on_max(), torch.no_grad():
+        whisper_max.accelerate(model)
+        model.decoder(token_rows((2, 5), 100, 1), features)
+        attention = model.decoder.blocks[0].attn
+        parts = dict(attention.named_children())
+        for name in parts:
+            delattr(attention, name)
+        for name, part in zip(("out", "key", "value", "query"), parts.values()):
+            setattr(attention, name, part)
+        found = call(model, "decoder")
+        expected = call(on_pytorch(model), "decoder")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -117,7 +117,9 @@ def test_interrupted_decode_leaves_the_model_usable(plain, checkpoint, mel, monk
 
 
 @pytest.mark.allow_fallback
-@pytest.mark.parametrize("search", [{}, {"beam_size": 4}, {"best_of": 2, "temperature": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "search", [{}, {"beam_size": 4}, {"best_of": 2, "temperature": 0.5}], ids=str
+)
 @pytest.mark.parametrize("reachable", [(), (300,), (300, 50257), (300, 301, 302, 50257)], ids=str)
 @pytest.mark.parametrize("timed", [True, False], ids=["timestamps", "no timestamps"])
 def test_almost_everything_suppressed(plain, checkpoint, features, search, reachable, timed):

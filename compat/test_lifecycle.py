@@ -1,4 +1,4 @@
-"""Any order of patching, accelerating, copying and pickling: every model stays what it should be."""
+"""In any order of patching, accelerating, copying and pickling, models stay what they should be."""
 
 from __future__ import annotations
 

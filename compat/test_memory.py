@@ -13,7 +13,8 @@ from strategies import numbers, seeds, small, token_rows
 from whisper_max.dispatch import out_of_memory_is_unsupported
 from whisper_max.runtime import decoder_session, loading, model_state, weights
 
-MEL, FEATURES, TOKENS = numbers((1, 80, 120), 1), numbers((1, 60, 128), 2), token_rows((2, 5), 100, 3)
+MEL, FEATURES = numbers((1, 80, 120), 1), numbers((1, 60, 128), 2)
+TOKENS = token_rows((2, 5), 100, 3)
 
 pytestmark = pytest.mark.allow_fallback
 
@@ -114,6 +115,25 @@ def test_weights_that_are_not_finite(model, target, name, value):
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors[f"{target}.{name}"].view(-1)[7] = value
     assert_on_pytorch(model, target, f"{name} holds values that are not finite")
+
+
+def test_weights_are_looked_at_once(model, monkeypatch):
+    """Also those that MAX does not take: a call must not read them all to find that out."""
+    model.encoder.conv1.bias[0] = float("inf")
+    looks = []
+    look_at = model_state.ModelState._look_at
+    monkeypatch.setattr(
+        model_state.ModelState, "_look_at", lambda *args: (looks.append(1), look_at(*args))
+    )
+    with whisper_max.patched(mode="auto", compile="blocking"):
+        whisper_max.accelerate(model)
+        for _ in range(3):
+            call(model, "encoder")
+        assert len(looks) == 1
+        model.encoder.conv1.bias[0] = 1
+        call(model, "encoder")
+        assert len(looks) == 2
+        assert whisper_max.status().targets["encoder"].max_calls == 1
 
 
 @pytest.mark.parametrize("value", [7e4, -1e30])

@@ -48,7 +48,9 @@ def test_max_failing_in_the_middle(plain, checkpoint, features, monkeypatch, ste
         assert whisper_max.status().targets["decoding_loop"].torch_calls == 1
 
 
-def test_what_others_draw_before_pytorch_begins_stays_drawn(plain, checkpoint, features, monkeypatch):
+def test_what_others_draw_before_pytorch_begins_stays_drawn(
+    plain, checkpoint, features, monkeypatch
+):
     """As another thread may, while a decode finds out that MAX cannot run it."""
     torch.manual_seed(5)
     torch.rand(3)

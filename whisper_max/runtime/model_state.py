@@ -73,9 +73,10 @@ class ModelState:
         self.features: Memo[Tensor] = Memo()
         self.cross: Memo[CrossCache] = Memo()
         self._guard = threading.Lock()
-        self._seen: list[tuple[Tensor, int, int]] = []
+        self._seen: list[tuple[str, Tensor, int, int]] = []
         self._choice: tuple[str, str] | None = None
         self._precision = ""
+        self._reasons: list[str] = []
         self._ready: Ready | None = None
 
     def ready(self, module: nn.Module, settings: Settings) -> Ready:
@@ -89,17 +90,19 @@ class ModelState:
         with self._guard:
             if settings.precision != self._precision or not self._unchanged(module):
                 self._look_at(module, settings.precision)
-            weight, cross = self._choice
-            engine = loading.engine(weight, cross, settings)
+            refuse(self._reasons)
+            engine = loading.engine(*self._choice, settings)
             if self._ready is None or self._ready.engine is not engine:
-                self._ready = self._pack(module, engine, getattr(torch, weight), getattr(torch, cross))
+                weight, cross = (getattr(torch, dtype) for dtype in self._choice)
+                self._ready = self._pack(module, engine, weight, cross)
             return self._ready
 
     def _unchanged(self, module: nn.Module) -> bool:
         now = _tensors(module)
         return len(now) == len(self._seen) and all(
-            tensor is seen and tensor.data_ptr() == address and tensor._version == version
-            for tensor, (seen, address, version) in zip(now.values(), self._seen)
+            tensor is seen
+            and (name, tensor.data_ptr(), tensor._version) == (seen_name, address, version)
+            for (name, tensor), (seen_name, seen, address, version) in zip(now.items(), self._seen)
         )
 
     def _look_at(self, module: nn.Module, precision: str) -> None:
@@ -109,13 +112,13 @@ class ModelState:
         self.cross.drop()
         tensors = _tensors(module)
         refuse(parameter_reasons(tensors.values()))
-        refuse(value_reasons(tensors))
         matrices = list(weights.matrices(tensors))
         exact = precision in ("medium", "int8") or weights.exact_in_float16(matrices)
-        if precision == "medium":
-            refuse(float16_reasons(matrices))
         self._choice = storage_of(precision, exact)
-        self._seen = [(t, t.data_ptr(), t._version) for t in tensors.values()]
+        self._reasons = value_reasons(tensors)
+        if precision == "medium":
+            self._reasons += float16_reasons(matrices)
+        self._seen = [(name, t, t.data_ptr(), t._version) for name, t in tensors.items()]
         self._precision = precision
 
     def _pack(
