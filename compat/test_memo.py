@@ -93,6 +93,18 @@ def test_cross_attention_is_prepared_once_per_window(model, executed):
     assert executed["cross_kv"] == 2
 
 
+def test_weights_exchanged_through_data_for_others_in_the_same_memory(model):
+    """As `model.half().float()` may leave them: the address and the version are the same."""
+    mel, bias = numbers((1, 80, 120), 1), model.encoder.conv1.bias
+    memory = bias.numpy().copy()
+    bias.data = torch.from_numpy(memory)
+    close(model.encoder(mel), on_pytorch(model).encoder(mel))
+    bias.data = torch.zeros(128)
+    memory += 3
+    bias.data = torch.from_numpy(memory)
+    close(model.encoder(mel), on_pytorch(model).encoder(mel))
+
+
 def test_models_do_not_share_what_is_remembered(strict):
     one, other = small().build(), small().build()
     other.encoder.conv1.weight.mul_(1.5)

@@ -164,7 +164,7 @@ def value_reasons(tensors: Mapping[str, torch.Tensor]) -> list[str]:
         if name == "mask":
             n_text_ctx = len(tensors["positional_embedding"])
             causal = torch.full((n_text_ctx, n_text_ctx), -torch.inf, device="cpu").triu_(1)
-            if not torch.equal(tensor[:n_text_ctx, :n_text_ctx], causal):
+            if tensor.ndim != 2 or not torch.equal(tensor[:n_text_ctx, :n_text_ctx], causal):
                 reasons.append("mask is not the causal one")
         # The sum is quick, and not finite where a number is not: seldom otherwise.
         elif not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from max.driver import Buffer
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..conditions import float16_reasons, parameter_reasons, value_reasons
 from ..dispatch import refuse
@@ -65,6 +66,32 @@ class Memo(Generic[Kept]):
         self._last = None
 
 
+class _Seen:
+    """A parameter or buffer as it was.
+
+    Its address does not tell `p.data = other` when `other` got the memory that `p` had before, as
+    in half() and float() one after the other. A weak reference keeps a storage's identity, without
+    its memory.
+    """
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name = name
+        self.tensor = tensor
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.address = tensor.data_ptr()
+        self.version = tensor._version
+
+    def is_still(self, name: str, tensor: Tensor) -> bool:
+        """Whether the tensor of this name is that one, unchanged."""
+        return (
+            tensor is self.tensor
+            and name == self.name
+            and tensor.data_ptr() == self.address
+            and tensor._version == self.version
+            and tensor.untyped_storage()._cdata == self.storage.cdata
+        )
+
+
 class ModelState:
     """Packed weights of one module, checked against its parameters at every use."""
 
@@ -73,7 +100,7 @@ class ModelState:
         self.features: Memo[Tensor] = Memo()
         self.cross: Memo[CrossCache] = Memo()
         self._guard = threading.Lock()
-        self._seen: list[tuple[str, Tensor, int, int]] = []
+        self._seen: list[_Seen] = []
         self._choice: tuple[str, str] | None = None
         self._precision = ""
         self._reasons: list[str] = []
@@ -100,9 +127,7 @@ class ModelState:
     def _unchanged(self, module: nn.Module) -> bool:
         now = _tensors(module)
         return len(now) == len(self._seen) and all(
-            tensor is seen
-            and (name, tensor.data_ptr(), tensor._version) == (seen_name, address, version)
-            for (name, tensor), (seen_name, seen, address, version) in zip(now.items(), self._seen)
+            seen.is_still(name, tensor) for (name, tensor), seen in zip(now.items(), self._seen)
         )
 
     def _look_at(self, module: nn.Module, precision: str) -> None:
@@ -118,7 +143,7 @@ class ModelState:
         self._reasons = value_reasons(tensors)
         if precision == "medium":
             self._reasons += float16_reasons(matrices)
-        self._seen = [(name, t, t.data_ptr(), t._version) for name, t in tensors.items()]
+        self._seen = [_Seen(name, tensor) for name, tensor in tensors.items()]
         self._precision = precision
 
     def _pack(
