@@ -146,6 +146,7 @@ def test_states_go_into_fresh_models(expected):
     with on_max():
         state = in_use().state_dict()
         fresh = whisper.model.Whisper(small().dims).requires_grad_(False)
+        fresh.decoder.positional_embedding.zero_()  # upstream leaves there what was in the memory
         fresh(MEL, TOKENS)
         fresh.load_state_dict(state)
         assert_close(fresh(MEL, TOKENS), expected)
