@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import whisper
+import whisper.timing
 from torch import nn
 from whisper import decoding
 from whisper.model import ModelDimensions
@@ -220,3 +221,46 @@ def test_a_model_loaded_in_inference_mode(plain):
     with with_fallback(), torch.inference_mode():
         assert load_checkpoint().transcribe(samples("en01"), fp16=False) == expected
         assert_on_pytorch("encoder", "inference tensors")
+
+
+@pytest.mark.parametrize("name", ["median_filter", "dtw"])
+def test_a_replaced_part_of_the_word_timestamps_is_used(checkpoint, monkeypatch, name):
+    """As packages do that bring a faster one."""
+    theirs, calls = getattr(whisper.timing, name), []
+
+    def replacement(*args):
+        calls.append(name)
+        return theirs(*args)
+
+    with on_max():
+        monkeypatch.setattr(whisper.timing, name, replacement)
+        checkpoint.transcribe(samples("en01"), fp16=False, word_timestamps=True)
+    assert calls
+
+
+@torch.no_grad()
+def test_negated_views(model, mel, features):
+    """Their memory holds the numbers with another sign."""
+    tokens = token_rows((2, 5), 100, 1)
+    expected = model.encoder(-mel), model.decoder(tokens, -features)
+    with on_max():
+        whisper_max.accelerate(model)
+        found = (
+            model.encoder(torch._neg_view(mel)),
+            model.decoder(tokens, torch._neg_view(features)),
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_hooks_on_the_state_dict_do_not_change_the_weights(model, mel):
+    """As those that rename or convert weights for a checkpoint."""
+    expected = model.encoder(mel)
+
+    def zeros(module, state, prefix, metadata):
+        return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+    model.encoder._register_state_dict_hook(zeros)
+    with on_max():
+        found = whisper_max.accelerate(model).encoder(mel)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from harness import on_pytorch
 from recordings import samples
 from strategies import numbers, small, token_rows
-from whisper_max.runtime.engine import Engine
+from whisper_max.runtime.engine import CrossCache, Engine
 
 
 @pytest.fixture
@@ -92,6 +93,18 @@ def test_cross_attention_is_prepared_once_per_window(model, executed):
     assert executed["cross_kv"] == 2
 
 
+def test_weights_exchanged_through_data_for_others_in_the_same_memory(model):
+    """As `model.half().float()` may leave them: the address and the version are the same."""
+    mel, bias = numbers((1, 80, 120), 1), model.encoder.conv1.bias
+    memory = bias.numpy().copy()
+    bias.data = torch.from_numpy(memory)
+    close(model.encoder(mel), on_pytorch(model).encoder(mel))
+    bias.data = torch.zeros(128)
+    memory += 3
+    bias.data = torch.from_numpy(memory)
+    close(model.encoder(mel), on_pytorch(model).encoder(mel))
+
+
 def test_models_do_not_share_what_is_remembered(strict):
     one, other = small().build(), small().build()
     other.encoder.conv1.weight.mul_(1.5)
@@ -132,3 +145,20 @@ def test_one_window_is_encoded_once_for_all_that_transcribe_does(plain, checkpoi
     )
     assert executed["encoder"] == 1
     assert executed["cross_kv"] == 1
+
+
+def test_only_single_windows_are_remembered(model, executed):
+    """Of the largest models a window's keys and values are 490 MB."""
+    features = numbers((3, 60, 128), 2)
+    tokens = token_rows((3, 5), 100, 1)
+    expected = on_pytorch(model).decoder(tokens, features)
+    for _ in range(2):
+        close(model.decoder(tokens, features), expected)
+        model.encoder(numbers((3, 80, 120), 1))
+    assert executed["cross_kv"] == executed["encoder"] == 2
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, CrossCache)]
+    model.decoder(tokens, features[:1])
+    model.decoder(tokens, features)  # makes room before it takes more
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, CrossCache)]

@@ -97,8 +97,7 @@ def assert_same_choice(case: Case, count: int) -> None:
             assert abs(found - best.values[rank].item()) < LOGPROB
             # The token itself; where two are as likely, either.
             assert abs(everything[tokens[row, rank]].item() - best.values[rank].item()) < LOGPROB
-        kept = tokens[row][np.isfinite(logprobs[row])]
-        assert len(set(kept.tolist())) == len(kept)
+        assert len(set(tokens[row].tolist())) == count
 
 
 histories = st.integers(1, 12).flatmap(
@@ -149,6 +148,26 @@ def test_suppressed_tokens_and_prompts(strict, rows, seed, suppressed, blank):
         prefix="a b",
     )
     assert_same_choice(Case(options, rows, seed), 6)
+
+
+@pytest.mark.parametrize("reachable", [(), (100,), (3, 100, 2), (EOT - 1, 0, 1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("without_timestamps", [True, False])
+def test_almost_everything_suppressed(strict, reachable, without_timestamps):
+    """Fewer tokens than are ranked, or none at all: then PyTorch's log_softmax gives NaN."""
+    options = DecodingOptions(
+        fp16=False,
+        suppress_tokens=[token for token in range(51865) if token not in reachable],
+        without_timestamps=without_timestamps,
+    )
+    case = Case(options, [[5, 6], [7, 8]], 1)
+    if reachable:
+        assert_same_choice(case, 6)
+        return
+    assert bool(case.on_torch().isnan().all())
+    logprobs, tokens = case.on_max(3)
+    assert np.isnan(logprobs).all()
+    # As argmax has it; topk ranks equals in no particular order.
+    assert tokens.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
 def test_both_outcomes_of_the_probability_rule_occur(strict):

@@ -10,7 +10,6 @@ import torch
 from whisper import decoding
 from whisper.model import MultiHeadAttention
 
-from harness import on_max
 from recordings import assert_same_result, samples
 from strategies import numbers, small, token_rows
 from whisper_max.runtime.engine import Engine
@@ -43,6 +42,43 @@ def without_gradients(call):
     return quietly
 
 
+def transcribe(model, name, **options):
+    """Without retries at temperatures: those draw from a generator that all threads share."""
+    return model.transcribe(samples(name), temperature=0.0, fp16=False, **options)
+
+
+def test_transcriptions(checkpoint, strict):
+    """As in a web service with one model."""
+    calls = [
+        lambda name=name, words=words: transcribe(checkpoint, name, word_timestamps=words)
+        for name in ("en01", "es01", "de01")
+        for words in (False, True)
+    ]
+    expected = [call() for call in calls]
+    for found, alone in zip(at_once(calls), expected):
+        assert_same_result(found, alone)
+
+
+def test_word_timestamps_leave_other_threads_on_max(checkpoint, strict):
+    """Upstream switches SDPA off for them, for every thread; the others would heed that."""
+    switches = set()
+
+    def words():
+        for _ in range(6):
+            transcribe(checkpoint, "en01", word_timestamps=True)
+
+    def others():
+        found = []
+        for _ in range(6):
+            switches.add(getattr(MultiHeadAttention, "use_sdpa", True))
+            found.append(transcribe(checkpoint, "es01"))
+        return found
+
+    expected = transcribe(checkpoint, "es01")
+    _, *results = at_once([words, others, others])
+    for found in (result for each in results for result in each):
+        assert_same_result(found, expected)
+    assert switches == {True} == {getattr(MultiHeadAttention, "use_sdpa", True)}
 
 
 def test_modules(strict):

@@ -31,10 +31,12 @@ LAYERS = [
 LEAVES = {
     "activation",
     "after_import",
+    "changed_parts",
     "class_swap",
     "conditions",
     "dimensions_of",
     "dispatch",
+    "pickling",
     "report",
     "settings",
     "shadow",

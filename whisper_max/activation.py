@@ -21,6 +21,9 @@ originals: dict[str, object] = {}
 # Modules made to run on MAX by accelerate(model), with or without patch().
 accelerated: WeakSet[nn.Module] = WeakSet()
 
+# Modules that a decode took up while their target was patched; unpatch() gives them back.
+adopted: WeakSet[nn.Module] = WeakSet()
+
 # Modules that restore(model) gave back to PyTorch: a decode must not take them up again.
 released: WeakSet[nn.Module] = WeakSet()
 

@@ -6,8 +6,10 @@ PyTorch with its attention taken apart, it gets logits and cross-attention score
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
-from types import SimpleNamespace
+from contextlib import nullcontext
+from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,8 +48,8 @@ def find_alignment(
     Raises UnsupportedByMax in mode "strict" where MAX cannot run the call.
     """
 
-    def with_model(model: object) -> list[WordTiming]:
-        return upstream_find_alignment(
+    def with_model(function: Callable, model: object) -> list[WordTiming]:
+        return function(
             model,
             tokenizer,
             text_tokens,
@@ -59,11 +61,30 @@ def find_alignment(
 
     return run(
         "alignment",
-        activation.why_off("alignment", model.decoder),
-        lambda: with_model(_StandIn(model)),
-        lambda: with_model(model),
+        activation.why_off("alignment", getattr(model, "decoder", None)),
+        lambda: with_model(_without_switch(upstream_find_alignment), _StandIn(model)),
+        lambda: with_model(upstream_find_alignment, model),
         _differ,
     )
+
+
+def _without_switch(function: FunctionType) -> FunctionType:
+    """Upstream's function as it is, but for `disable_sdpa()`, which does nothing.
+
+    That switch is every thread's, and a decode that begins in another one meanwhile would heed it.
+    A stand-in has no attention for it to change. The function imports it when it is called, so
+    only that import has to be answered; other names are looked up in the module as it is now.
+    """
+
+    def answer(name: str, *scope_and_level: object) -> object:
+        if name == "model" and scope_and_level[2] == ("disable_sdpa",):
+            return SimpleNamespace(disable_sdpa=nullcontext)
+        return builtins.__import__(name, *scope_and_level)
+
+    names = {**vars(timing), "__builtins__": {**vars(builtins), "__import__": answer}}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 class _StandIn:
@@ -71,7 +92,7 @@ class _StandIn:
 
     def __init__(self, model: Whisper) -> None:
         live_models.adopt(model)
-        if not live_models.is_max(model.decoder):
+        if not live_models.is_max(getattr(model, "decoder", None)):
             refuse(["the decoder is not on MAX"])
         # Upstream calls both; the stand-in calls neither.
         refuse([*bypass_reasons("model", model), *bypass_reasons("decoder", model.decoder)])
@@ -94,8 +115,7 @@ class _StandIn:
         from .runtime.engine import Scores
 
         features = self.model.encoder(mel)
-        # find_alignment itself has switched SDPA off here, to see what MAX returns anyway.
-        refuse(decoder_reasons(self.model.decoder, tokens, features, sdpa_is_off=True))
+        refuse(decoder_reasons(self.model.decoder, tokens, features))
         session = DecoderSession(self.model.decoder, features, 1, settings.active())
         slots = [[-1] * session.heads for _ in range(session.layers)]
         heads = self.alignment_heads.indices().T.tolist()

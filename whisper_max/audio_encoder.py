@@ -8,8 +8,9 @@ from whisper.model import AudioEncoder
 
 from . import activation, settings
 from .activation import originals
+from .changed_parts import encoder_changes
 from .class_swap import SwappedModule
-from .conditions import encoder_input_reasons, module_reasons
+from .conditions import context_reasons, mel_reasons, tensor_reasons
 from .dispatch import refuse, run
 from .shadow import tensors_differ
 
@@ -49,17 +50,14 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
     def _on_max(self, mel: Tensor) -> Tensor:
         from .runtime import model_state
 
-        n_audio_ctx, n_state = self.positional_embedding.shape
-        refuse(
-            [
-                *encoder_input_reasons(mel, self.conv1.weight.shape[1], 2 * n_audio_ctx),
-                *module_reasons(self, n_state),
-            ]
-        )
+        refuse(context_reasons(self))
+        refuse([*tensor_reasons("mel", mel), *encoder_changes(self)])
+        refuse(mel_reasons(mel, self.conv1.weight.shape[1], 2 * len(self.positional_embedding)))
         state = model_state.state_of(self, "encoder")
         ready = state.ready(self, settings.active())
         features = state.features.find(ready, mel)
         if features is None:
             features = ready.engine.encode(ready.packed[0], mel)
-            state.features.keep(ready, mel, features)
+            if len(mel) == 1:  # upstream encodes single windows again; batches are large
+                state.features.keep(ready, mel, features)
         return features.clone()  # the caller's own, to change as it likes

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
 
 from torch import nn
 
 from . import activation
+from .pickling import New
 
 
 class SwappedModule(nn.Module):
@@ -32,33 +32,13 @@ class SwappedModule(nn.Module):
         return self._on_the_same_path(twin)
 
     def _on_the_same_path(self, twin: SwappedModule) -> SwappedModule:
-        """A copy of a module that accelerate(model) took up is taken up as well."""
-        if self in activation.accelerated:
-            activation.accelerated.add(twin)
+        """A copy of a module that was taken up is taken up as well, and given back with it."""
+        for taken_up in (activation.accelerated, activation.adopted):
+            if self in taken_up:
+                taken_up.add(twin)
         return twin
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        if type(self)._upstream not in vars(type(self)).values():
+        if "_upstream" not in vars(type(self)):
             return super().__reduce_ex__(protocol)  # a subclass of ours pickles as itself
-        return object.__new__, (_ByName("whisper.model", self._upstream),), self.__dict__
-
-
-class _ByName:
-    """Pickles as an attribute of a module that is looked up when the pickle is loaded."""
-
-    def __init__(self, module: str, attribute: str) -> None:
-        self.module = module
-        self.attribute = attribute
-
-    def __reduce__(self) -> tuple:
-        return getattr, (_Module(self.module), self.attribute)
-
-
-class _Module:
-    """Pickles as the import of a module."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __reduce__(self) -> tuple:
-        return importlib.import_module, (self.name,)
+        return New(type(self), self._upstream, "whisper.model"), (), self.__dict__

@@ -17,7 +17,7 @@ from whisper.decoding import BeamSearchDecoder, DecodingTask, GreedyDecoder
 from . import activation
 from .activation import originals
 from .conditions import UnsupportedByMax
-from .dispatch import reasons_of, refuse, run
+from .dispatch import out_of_memory_is_unsupported, reasons_of, refuse, run
 from .inference import MaxInference
 from .selection import Rules, foreign_filters, in_stock_order
 
@@ -40,29 +40,55 @@ def max_main_loop(self: DecodingTask, audio_features: Tensor, tokens: Tensor) ->
     float32; and the probability of silence of each row. Raises UnsupportedByMax in mode "strict"
     where MAX cannot run the decode.
     """
-    generator = torch.get_rng_state() if _samples(self) else None
+    before = _Before(self)
 
     def on_torch() -> Decoded:
-        # MAX may have begun, and failed or been compared: the window starts over.
-        self.decoder.reset()
-        if generator is not None:
-            torch.set_rng_state(generator)
+        before.restore()
         return upstream_main_loop(self, audio_features, tokens)
 
     return run(
         "decoding_loop",
         activation.why_off("decoding_loop"),
-        lambda: _on_max(self, audio_features, tokens),
+        lambda: _on_max(self, before, audio_features, tokens),
         on_torch,
         _differ,
     )
 
 
-def _on_max(task: DecodingTask, audio_features: Tensor, tokens: Tensor) -> Decoded:
+class _Before:
+    """What MAX changes beyond its own state, as it was: PyTorch may have to start over.
+
+    MAX may fail in the middle, or be compared. Where it has not begun nothing is put back: the
+    generator is the whole process's, and another thread may have drawn from it meanwhile.
+    """
+
+    def __init__(self, task: DecodingTask) -> None:
+        self._task = task
+        self._begun = False
+        self._generator: Tensor | None = None
+
+    def keep(self) -> None:
+        """Now MAX begins to choose tokens."""
+        self._begun = True
+        if isinstance(self._task.decoder, GreedyDecoder) and self._task.decoder.temperature != 0:
+            self._generator = torch.get_rng_state()
+
+    def restore(self) -> None:
+        """Puts back what MAX has changed, if it has."""
+        if self._begun:
+            self._task.decoder.reset()
+        if self._generator is not None:
+            torch.set_rng_state(self._generator)
+
+
+def _on_max(
+    task: DecodingTask, before: _Before, audio_features: Tensor, tokens: Tensor
+) -> Decoded:
     refuse(_reasons(task))
     task.inference.start(tokens, audio_features)
     try:
-        return _decode(task, task.inference.session, audio_features, tokens)
+        with out_of_memory_is_unsupported():
+            return _decode(task, before, task.inference.session, audio_features, tokens)
     except UnsupportedByMax as failed:
         task.inference.leave_to_pytorch(reasons_of(failed))
         raise
@@ -72,7 +98,11 @@ def _on_max(task: DecodingTask, audio_features: Tensor, tokens: Tensor) -> Decod
 
 
 def _decode(
-    task: DecodingTask, session: DecoderSession, audio_features: Tensor, tokens: Tensor
+    task: DecodingTask,
+    before: _Before,
+    session: DecoderSession,
+    audio_features: Tensor,
+    tokens: Tensor,
 ) -> Decoded:
     sum_logprobs = torch.zeros(len(tokens), device=audio_features.device)
     no_speech_probs = [np.nan] * len(tokens)
@@ -81,6 +111,7 @@ def _decode(
     if task.tokenizer.no_speech is not None:
         probs_at_sot = logits[:, 0].softmax(dim=-1)
         no_speech_probs = probs_at_sot[:, task.tokenizer.no_speech].tolist()
+    before.keep()
     tokens, completed = _upstream_step(task, logits[:, 1].clone(), tokens, sum_logprobs)
     if completed or tokens.shape[1] > task.n_ctx or task.sample_len == 1:
         return tokens, sum_logprobs, no_speech_probs
@@ -125,6 +156,7 @@ def _greedy(
     for _ in range(1, task.sample_len):
         last = [row[-1] for row in rows]
         logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
+        _refuse_not_a_number(logprobs)
         for i, row in enumerate(rows):
             if row[-1] != eot:
                 sums[i] += logprobs[i, 0]
@@ -146,8 +178,8 @@ def _beam_search(
     for _ in range(1, task.sample_len):
         last = [row[-1] for row in rows]
         logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
-        # float32, as upstream adds them
-        totals = (sums[:, None] + logprobs).tolist()
+        totals = sums[:, None] + logprobs  # float32, as upstream adds them
+        _refuse_not_a_number(totals)
         candidates = best.tolist()
         kept: list[tuple[int, ...]] = []
         parents: list[int] = []
@@ -156,13 +188,15 @@ def _beam_search(
                 (
                     (total, parent, token)
                     for parent in range(begin, begin + size)
-                    for total, token in zip(totals[parent], candidates[parent])
+                    for total, token in zip(totals[parent].tolist(), candidates[parent])
                 ),
                 key=lambda candidate: candidate[0],
                 reverse=True,
             )
             saved = 0
             for total, parent, token in ranked:
+                if total == -np.inf:  # which of the impossible tokens topk names is not defined
+                    refuse(["fewer tokens may follow than there are beams"])
                 if token == eot:
                     if len(finished) < decoder.max_candidates:
                         finished[(*rows[parent], token)] = total
@@ -179,6 +213,12 @@ def _beam_search(
         if full or len(rows[0]) > task.n_ctx:
             break
     return torch.tensor(rows, device=tokens.device)
+
+
+def _refuse_not_a_number(logprobs: np.ndarray) -> None:
+    """Leaves a decode to PyTorch where everything is suppressed, or logits are not numbers."""
+    if np.isnan(logprobs).any():
+        refuse(["log probabilities are not numbers"])
 
 
 def _selection(rules: Rules, count: int, rows: int) -> Selection:
@@ -208,10 +248,6 @@ def _reasons(task: DecodingTask) -> list[str]:
     if not in_stock_order(task.logit_filters, task.sample_begin):
         reasons.append("the logit filters are not in upstream's order")
     return reasons
-
-
-def _samples(task: DecodingTask) -> bool:
-    return isinstance(task.decoder, GreedyDecoder) and task.decoder.temperature != 0
 
 
 def _differ(found: Decoded, expected: Decoded) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from . import report, settings
@@ -13,9 +14,6 @@ from .conditions import UnsupportedByMax
 logger = logging.getLogger("whisper_max")
 
 Result = TypeVar("Result")
-
-OFF = ("disabled", "mode is 'off'")
-"""Reasons that the user gave: mode "strict" does not object to them."""
 
 
 def run(
@@ -38,7 +36,8 @@ def run(
         return on_pytorch(target, on_torch, [why_off])
     begin = time.perf_counter()
     try:
-        result = on_max()
+        with out_of_memory_is_unsupported():
+            result = on_max()
     except UnsupportedByMax as unsupported:
         if mode == "strict":
             raise
@@ -60,6 +59,22 @@ def on_pytorch(target: str, on_torch: Callable[[], Result], reasons: Sequence[st
         return on_torch()
     finally:
         report.record(target, "torch", time.perf_counter() - begin, reasons)
+
+
+@contextmanager
+def out_of_memory_is_unsupported() -> Iterator[None]:
+    """Raises UnsupportedByMax where memory runs out inside: PyTorch may do with less."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        raise UnsupportedByMax(f"memory ran out: {error}") from error
+    except RuntimeError as error:
+        _, allocator, text = str(error).partition("DefaultCPUAllocator: ")
+        if not allocator:
+            raise
+        raise UnsupportedByMax(f"memory ran out: {text}") from error
 
 
 def refuse(reasons: Sequence[str]) -> None:

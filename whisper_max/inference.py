@@ -13,7 +13,7 @@ from whisper.decoding import PyTorchInference
 from . import activation, live_models, report, settings
 from .activation import originals
 from .conditions import UnsupportedByMax, bypass_reasons, tokens_reasons
-from .dispatch import on_pytorch, reasons_of, refuse
+from .dispatch import on_pytorch, out_of_memory_is_unsupported, reasons_of, refuse
 from .text_decoder import decoder_reasons
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class MaxInference(UpstreamInference):
         live_models.adopt(model)
         self.session: DecoderSession | None = None
         self._torch_reasons: list[str] | None = None
+        self._features: Tensor | None = None
+        self._decoded: Tensor | None = None
 
     def logits(self, tokens: Tensor, audio_features: Tensor) -> Tensor:
         """Logits of all new tokens, as upstream's `PyTorchInference.logits`.
@@ -55,7 +57,8 @@ class MaxInference(UpstreamInference):
             return on_pytorch("inference", lambda: step(tokens, audio_features), self._torch_reasons)
         begin = time.perf_counter()
         try:
-            logits = self._step(tokens)
+            with out_of_memory_is_unsupported():
+                logits = self._step(tokens)
         except UnsupportedByMax as failed:
             if settings.active().mode == "strict":
                 raise
@@ -70,25 +73,30 @@ class MaxInference(UpstreamInference):
         """Row i continues what row source_indices[i] was."""
         if self.session is None:
             super().rearrange_kv_cache(source_indices)
-        elif len(source_indices) != self.session.rows:
-            pass  # more rows or fewer: the next step refuses, and PyTorch decodes them anew
         elif source_indices != list(range(len(source_indices))):
-            self.session.reorder(source_indices)
+            if self._decoded is not None:
+                self._decoded = self._decoded[source_indices]
+            if len(source_indices) == self.session.rows:
+                self.session.reorder(source_indices)
+            # With more rows or fewer the next step refuses, and PyTorch goes on.
 
     def cleanup_caching(self) -> None:
         """Ends the decode; the next one chooses its path anew."""
         super().cleanup_caching()
         self.session = None
         self._torch_reasons = None
+        self._features = self._decoded = None
 
     def start(self, tokens: Tensor, audio_features: Tensor) -> None:
         """Opens the session of this decode; raises UnsupportedByMax with the reasons against it."""
         from .runtime.decoder_session import DecoderSession
 
         refuse(inference_reasons(self, tokens, audio_features))
-        self.session = DecoderSession(
-            self.model.decoder, audio_features, len(tokens), settings.active()
-        )
+        with out_of_memory_is_unsupported():
+            self.session = DecoderSession(
+                self.model.decoder, audio_features, len(tokens), settings.active()
+            )
+        self._features = audio_features
 
     def leave_to_pytorch(self, reasons: Sequence[str]) -> None:
         """Ends the session: the rest of this decode runs on PyTorch, for these reasons."""
@@ -112,19 +120,30 @@ class MaxInference(UpstreamInference):
             self.leave_to_pytorch(reasons_of(unsupported))
 
     def _step(self, tokens: Tensor) -> Tensor:
-        if len(tokens) != self.session.rows:
-            refuse([f"the decode began with {self.session.rows} rows and goes on with {len(tokens)}"])
-        decoder = self.model.decoder
-        refuse(tokens_reasons(tokens, tokens.shape[-1], len(decoder.token_embedding.weight)))
-        if tokens.shape[-1] <= self.initial_token_length:
-            return self.session.prefill(tokens, range(tokens.shape[-1]))
-        return self.session.step(tokens[:, -1:], range(len(tokens))).unsqueeze(1)
+        session, decoded = self.session, self._decoded
+        for rows in (len(tokens), session.rows if decoded is None else len(decoded)):
+            if rows != session.rows:
+                refuse([f"the decode began with {session.rows} rows and goes on with {rows}"])
+        n_vocab = len(self.model.decoder.token_embedding.weight)
+        refuse(tokens_reasons(tokens, tokens.shape[-1], n_vocab))
+        new = tokens if tokens.shape[-1] <= self.initial_token_length else tokens[:, -1:]
+        if decoded is None:
+            logits = session.prefill(new, range(new.shape[1]))
+            self._decoded = new
+            return logits
+        if new.shape[1] > 1:
+            # Upstream appends them all, under a mask made for the beginning of a text.
+            refuse(["a second prompt in an open decode"])
+        logits = session.step(new, range(len(new))).unsqueeze(1)
+        self._decoded = torch.cat([decoded, new], dim=1)
+        return logits
 
     def _resume(self, tokens: Tensor, audio_features: Tensor) -> Tensor:
-        """PyTorch takes over in the middle: it decodes all tokens once, then goes on by steps."""
-        new = tokens.shape[-1] if tokens.shape[-1] <= self.initial_token_length else 1
-        self.kv_cache, self.hooks = self.model.install_kv_cache_hooks()
-        return self.model.decoder(tokens, audio_features, kv_cache=self.kv_cache)[:, -new:]
+        """PyTorch takes over in the middle: what MAX has decoded goes into its caches first."""
+        if self._decoded is not None:
+            self.kv_cache, self.hooks = self.model.install_kv_cache_hooks()
+            self.model.decoder(self._decoded, self._features, kv_cache=self.kv_cache)
+        return super().logits(tokens, audio_features)
 
 
 def inference_reasons(
@@ -138,10 +157,11 @@ def inference_reasons(
         reasons.append(off)
     if not live_models.is_max(model.decoder):
         reasons.append("the decoder is not on MAX")
-    n_text_ctx = len(model.decoder.positional_embedding)
-    if isinstance(audio_features, torch.Tensor) and audio_features.ndim == 3:
+    reasons += bypass_reasons("decoder", model.decoder)
+    reasons += decoder_reasons(model.decoder, tokens, audio_features)
+    if not reasons:
+        n_text_ctx = max(model.dims.n_text_ctx, len(model.decoder.positional_embedding))
         if audio_features.shape[1] <= n_text_ctx:
             # Upstream tells cross attention's cache from self-attention's by this length.
             reasons.append(f"the audio context is not longer than the text context, {n_text_ctx}")
-    reasons += bypass_reasons("decoder", model.decoder)
-    return reasons + decoder_reasons(model.decoder, tokens, audio_features)
+    return reasons

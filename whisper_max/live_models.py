@@ -10,7 +10,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
-from weakref import WeakSet
 
 from . import activation, settings, versions
 from .conditions import UnsupportedByMax
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("whisper_max")
 
 Model = TypeVar("Model", bound="nn.Module")
-
-# Modules swapped because a decode came by while their target was patched; unpatch() undoes them.
-_adopted: WeakSet[nn.Module] = WeakSet()
 
 
 def accelerate(model: Model) -> Model:
@@ -92,7 +88,7 @@ def adopt(model: nn.Module) -> None:
         cls = max_class(target)
         if type(module) is upstream_class(cls):
             module.__class__ = cls
-            _adopted.add(module)
+            activation.adopted.add(module)
 
 
 def release_adopted() -> None:
@@ -101,10 +97,10 @@ def release_adopted() -> None:
     Models made while patched keep our class, which is upstream's in all but name now; what MAX
     kept for them is freed.
     """
-    for module in list(_adopted):
+    for module in list(activation.adopted):
         if module not in activation.accelerated:
             _swap_back(module)
-    _adopted.clear()
+    activation.adopted.clear()
     model_state = sys.modules.get(f"{__package__}.runtime.model_state")
     if model_state is not None:  # otherwise nothing has run on MAX
         model_state.drop_all(keep=activation.accelerated)

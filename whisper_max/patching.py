@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from . import activation, live_models, precompile, report, settings, versions
+from . import activation, live_models, pickling, precompile, report, settings, versions
 from .activation import is_active
 from .conditions import UnsupportedByMax
 from .patch_table import TABLE, Row, import_upstream
@@ -208,11 +208,13 @@ def _apply(rows: list[Row]) -> None:
             activation.originals.setdefault(row.name, row.current())  # the first one saved wins
             row.put(replacement)
             _applied[row] = replacement
+            if isinstance(activation.originals[row.name], type):
+                pickling.by_name(activation.originals[row.name])
     except BaseException:  # KeyboardInterrupt as well: never half patched
         for row, replacement in replacements.items():
             _applied.pop(row, None)
             if row.current() is replacement:
-                row.put(activation.originals[row.name])
+                _put_back(row)
         raise
 
 
@@ -222,13 +224,20 @@ def _undo(rows: list[Row]) -> list[str]:
     for row in rows:
         current = row.current()
         if current is _applied.pop(row):
-            row.put(activation.originals[row.name])
+            _put_back(row)
         else:
             left.append(
                 f"{row.name} was replaced by {_describe(current)} after whisper_max.patch(), "
                 "and is left as it is; undo patches in the reverse order of applying them"
             )
     return left
+
+
+def _put_back(row: Row) -> None:
+    original = activation.originals[row.name]
+    row.put(original)
+    if isinstance(original, type):
+        pickling.as_usual(original)
 
 
 def _describe(thing: object) -> str:

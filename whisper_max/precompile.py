@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import report, settings, versions
-from .conditions import UnsupportedByMax, head_reasons
+from .changed_parts import head_reasons
+from .conditions import UnsupportedByMax
 from .dimensions_of import OFFICIAL, dimensions_of
 from .dispatch import refuse
 from .settings import Settings

@@ -39,19 +39,20 @@ class Rules:
     def of(cls, task: DecodingTask) -> Rules:
         """The rules of a task whose filters are all stock (see `foreign_filters`)."""
         suppressed: list[int] = []
-        timestamp_begin = None
+        timestamp_begin, eot = None, task.tokenizer.eot
         for logit_filter in task.logit_filters:
             if isinstance(logit_filter, SuppressTokens):
                 suppressed += logit_filter.suppress_tokens
             elif isinstance(logit_filter, ApplyTimestampRules):
                 timestamp_begin = logit_filter.tokenizer.timestamp_begin
+                eot = logit_filter.tokenizer.eot
                 if logit_filter.tokenizer.no_timestamps is not None:
                     suppressed.append(logit_filter.tokenizer.no_timestamps)
         return cls(
             tuple(suppressed),
             task.sample_begin,
             timestamp_begin,
-            task.tokenizer.eot,
+            eot,
             len(task.model.decoder.token_embedding.weight),  # not of dims: it may have been resized
         )
 

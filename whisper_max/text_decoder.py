@@ -8,8 +8,9 @@ from whisper.model import TextDecoder
 
 from . import activation, settings
 from .activation import originals
+from .changed_parts import decoder_changes
 from .class_swap import SwappedModule
-from .conditions import features_reasons, module_reasons, tokens_reasons
+from .conditions import context_reasons, features_reasons, tensor_reasons, tokens_reasons
 from .dispatch import refuse, run
 from .shadow import tensors_differ
 
@@ -60,26 +61,21 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
         return session.step(tokens, range(rows * count)).view(rows, count, -1)
 
 
-def decoder_reasons(
-    decoder: TextDecoder, tokens: Tensor, features: Tensor, *, sdpa_is_off: bool = False
-) -> list[str]:
-    """Reasons against decoding these tokens with these audio features on MAX.
-
-    sdpa_is_off : the caller knows that upstream's `use_sdpa` is False, and why
-    """
+def decoder_reasons(decoder: TextDecoder, tokens: Tensor, features: Tensor) -> list[str]:
+    """Reasons against decoding these tokens with these audio features on MAX."""
+    reasons = context_reasons(decoder) or [
+        *tensor_reasons("audio features", features),
+        *decoder_changes(decoder),
+    ]
+    if reasons:
+        return reasons
     n_text_ctx, n_state = decoder.positional_embedding.shape
-    return [
+    reasons = [
         *tokens_reasons(tokens, n_text_ctx, len(decoder.token_embedding.weight)),
         *features_reasons(features, n_state),
-        *module_reasons(decoder, n_state, sdpa_is_off=sdpa_is_off),
-        *_batch_reasons(tokens, features),
     ]
-
-
-def _batch_reasons(tokens: Tensor, features: Tensor) -> list[str]:
-    if not isinstance(tokens, torch.Tensor) or not isinstance(features, torch.Tensor):
-        return []
-    rows, windows = len(tokens), len(features)
-    if windows not in (1, rows):
-        return [f"{rows} rows of tokens do not go with {windows} windows of audio"]
-    return []
+    if not reasons and len(features) not in (1, len(tokens)):
+        reasons.append(
+            f"{len(tokens)} rows of tokens do not go with {len(features)} windows of audio"
+        )
+    return reasons

@@ -9,12 +9,13 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from std.math import exp, log
 from std.memory.alloc import unsafe_alloc
-from std.utils.numerics import neg_inf
+from std.utils.numerics import nan, neg_inf
 
 from .attention import MASKED
 from .gemm import F32, Floats, raw
 
 comptime MINUS_INFINITY = neg_inf[F32]()
+comptime NOT_A_NUMBER = nan[F32]()
 comptime REACHABLE: Float32 = -1.0e38
 """Below this a score is that of a suppressed token."""
 
@@ -91,6 +92,19 @@ struct Row[width: Int](ImplicitlyCopyable):
             i += step
 
 
+def first_not_in(tokens: Pointer[Int32, MutUntrackedOrigin], count: Int) -> Int32:
+    """The lowest token that is not among the first `count` of these."""
+    var token = Int32(0)
+    var i = 0
+    while i < count:
+        if tokens.unsafe_offset(i).unsafe_load() == token:
+            token += 1
+            i = 0
+        else:
+            i += 1
+    return token
+
+
 @extensibility.register("whisper_select")
 struct Select:
     @staticmethod
@@ -109,7 +123,8 @@ struct Select:
         logits: (rows, 1, vocabulary). mask: (vocabulary,), 0, or MASKED for a token that is never
         sampled. rules: (rows, 5), the text tokens [from, to) and the timestamps [from, to) that
         may follow, and whether timestamps together may outweigh text. logprobs and tokens: (rows,
-        k); where fewer tokens may follow, the rest is minus infinity.
+        k); where fewer tokens may follow, the rest is minus infinity, with other tokens. Where
+        none may follow, the log probabilities are NaN, as PyTorch's log_softmax has it.
         """
         var vocabulary = logits.dim_size(2)
         var count = logprobs.dim_size(1)
@@ -150,14 +165,17 @@ struct Select:
             var my_tokens = best.unsafe_offset(index * count)
             for j in range(count):
                 my_scores.unsafe_offset(j).unsafe_store(REACHABLE)
-                my_tokens.unsafe_offset(j).unsafe_store(Int32(j))
+                my_tokens.unsafe_offset(j).unsafe_store(-1)
             row.rank(text_from, text_to, count, my_scores, my_tokens)
             row.rank(time_from, time_to, count, my_scores, my_tokens)
+            var unreachable = MINUS_INFINITY if highest > REACHABLE else NOT_A_NUMBER
             for j in range(count):
                 var score = my_scores.unsafe_offset(j).unsafe_load()
-                my_scores.unsafe_offset(j).unsafe_store(
-                    (score - highest) - log(total) if score > REACHABLE else MINUS_INFINITY
-                )
+                if score > REACHABLE:
+                    my_scores.unsafe_offset(j).unsafe_store((score - highest) - log(total))
+                else:
+                    my_scores.unsafe_offset(j).unsafe_store(unreachable)
+                    my_tokens.unsafe_offset(j).unsafe_store(first_not_in(my_tokens, j))
             row.masked.unsafe_free()
 
         sync_parallelize(select, logits.dim_size(0))

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import refuse
 from ..settings import Settings
+from . import weights
 from .engine import CrossCache, DecoderState, Scores, Selection, decoder_select, decoder_step
 from .model_state import Ready, state_of
 from .tensors import int32, to_buffer
@@ -33,13 +35,16 @@ class DecoderSession:
         self.heads = decoder.blocks[0].attn.n_head
         self.rows = rows
         features = _distinct(features)
+        if self._ready.cross is torch.float16 and weights.may_overflow(self._ready.reach, features):
+            refuse(["cross-attention keys or values may be beyond float16"])
         cross = state.cross.find(self._ready, features)
         if cross is None:
             state.cross.drop()
             cross = CrossCache(
                 self._ready.engine, self._ready.packed[0], features, self.layers, self._ready.cross
             )
-            state.cross.keep(self._ready, features, cross)
+            if len(features) == 1:  # 490 MB a window for the largest models
+                state.cross.keep(self._ready, features, cross)
         self.windows = cross.windows
         self._no_scores = Scores.none(self.layers, self.heads)
         self._state = DecoderState(
@@ -86,6 +91,8 @@ class DecoderSession:
     def prefill(self, tokens: Tensor, wanted: Iterable[int]) -> Tensor:
         """The first tokens of all rows, decoded once for rows that begin alike.
 
+        tokens : shape = (rows, count); nothing has been decoded before them
+
         wanted : positions in each row whose logits are computed
 
         Returns logits, shape = (rows, wanted, n_vocab), in fresh memory.
@@ -94,6 +101,7 @@ class DecoderSession:
         group = rows // self.windows
         grouped = tokens.view(self.windows, group, count)
         wanted = list(wanted)
+        assert self.length == 0
         alike = group > 1 and bool((grouped == grouped[:, :1]).all())
         first = grouped[:, 0] if alike else tokens
         flat = [row * count + i for row in range(len(first)) for i in wanted]

@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from max.driver import Buffer
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..conditions import parameter_reasons
+from ..conditions import float16_reasons, parameter_reasons, value_reasons
 from ..dispatch import refuse
 from ..settings import Settings
 from . import loading, weights
@@ -24,11 +25,16 @@ from .storage import Arithmetic, arithmetic_of
 
 
 class Ready(NamedTuple):
-    """An engine, and one module's weights packed for it."""
+    """An engine, and one module's weights packed for it.
+
+    cross : dtype of the cross-attention keys and values
+    reach : of a decoder with such keys and values in float16, see `weights.reach`
+    """
 
     engine: Engine
     packed: tuple[list[Buffer], ...]
     cross: torch.dtype
+    reach: tuple[float, float]
 
 
 Kept = TypeVar("Kept")
@@ -60,6 +66,32 @@ class Memo(Generic[Kept]):
         self._last = None
 
 
+class _Seen:
+    """A parameter or buffer as it was.
+
+    Its address does not tell `p.data = other` when `other` got the memory that `p` had before, as
+    in half() and float() one after the other. A weak reference keeps a storage's identity, without
+    its memory.
+    """
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name = name
+        self.tensor = tensor
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.address = tensor.data_ptr()
+        self.version = tensor._version
+
+    def is_still(self, name: str, tensor: Tensor) -> bool:
+        """Whether the tensor of this name is that one, unchanged."""
+        return (
+            tensor is self.tensor
+            and name == self.name
+            and tensor.data_ptr() == self.address
+            and tensor._version == self.version
+            and tensor.untyped_storage()._cdata == self.storage.cdata
+        )
+
+
 class ModelState:
     """Packed weights of one module, checked against its parameters at every use."""
 
@@ -68,9 +100,10 @@ class ModelState:
         self.features: Memo[Tensor] = Memo()
         self.cross: Memo[CrossCache] = Memo()
         self._guard = threading.Lock()
-        self._seen: list[tuple[Tensor, int, int]] = []
+        self._seen: list[_Seen] = []
         self._arithmetic: Arithmetic | None = None
         self._precision = ""
+        self._reasons: list[str] = []
         self._ready: Ready | None = None
 
     def ready(self, module: nn.Module, settings: Settings) -> Ready:
@@ -84,18 +117,16 @@ class ModelState:
         with self._guard:
             if settings.precision != self._precision or not self._unchanged(module):
                 self._look_at(module, settings.precision)
-            arithmetic = self._arithmetic
-            engine = loading.engine(arithmetic, settings)
+            refuse(self._reasons)
+            engine = loading.engine(self._arithmetic, settings)
             if self._ready is None or self._ready.engine is not engine:
-                packed = self._pack(module, getattr(torch, arithmetic.weight))
-                self._ready = Ready(engine, packed, getattr(torch, arithmetic.cross))
+                self._ready = self._pack(module, engine)
             return self._ready
 
     def _unchanged(self, module: nn.Module) -> bool:
-        now = list(_tensors(module))
+        now = _tensors(module)
         return len(now) == len(self._seen) and all(
-            tensor is seen and tensor.data_ptr() == address and tensor._version == version
-            for tensor, (seen, address, version) in zip(now, self._seen)
+            seen.is_still(name, tensor) for (name, tensor), seen in zip(now.items(), self._seen)
         )
 
     def _look_at(self, module: nn.Module, precision: str) -> None:
@@ -103,21 +134,27 @@ class ModelState:
         self._ready, self._arithmetic, self._seen, self._precision = None, None, [], ""
         self.features.drop()
         self.cross.drop()
-        tensors = list(_tensors(module))
-        refuse(parameter_reasons(tensors))
-        exact = precision in ("medium", "int8") or weights.exact_in_float16(
-            weights.matrices(module.state_dict())
-        )
+        tensors = _tensors(module)
+        refuse(parameter_reasons(tensors.values()))
+        matrices = list(weights.matrices(tensors))
+        exact = precision in ("medium", "int8") or weights.exact_in_float16(matrices)
         self._arithmetic = arithmetic_of(precision, exact)
-        self._seen = [(t, t.data_ptr(), t._version) for t in tensors]
+        self._reasons = value_reasons(tensors)
+        if precision == "medium":
+            self._reasons += float16_reasons(matrices)
+        self._seen = [_Seen(name, tensor) for name, tensor in tensors.items()]
         self._precision = precision
 
-    def _pack(self, module: nn.Module, storage: torch.dtype) -> tuple[list[Buffer], ...]:
-        state = module.state_dict()
+    def _pack(self, module: nn.Module, engine: Engine) -> Ready:
+        storage = getattr(torch, self._arithmetic.weight)
+        cross = getattr(torch, self._arithmetic.cross)
+        tensors = _tensors(module)
         with torch.no_grad():
             if self.kind == "encoder":
-                return (weights.pack_encoder(state, storage),)
-            return weights.pack_cross_kv(state, storage), weights.pack_decoder(state, storage)
+                return Ready(engine, (weights.pack_encoder(tensors, storage),), cross, (0.0, 0.0))
+            packed = weights.pack_cross_kv(tensors, storage), weights.pack_decoder(tensors, storage)
+            reach = weights.reach(tensors) if cross is torch.float16 else (0.0, 0.0)
+            return Ready(engine, packed, cross, reach)
 
 
 _states: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
@@ -147,6 +184,9 @@ def drop_all(keep: Container[nn.Module]) -> None:
             del _states[module]
 
 
-def _tensors(module: nn.Module):
-    yield from module.parameters()
-    yield from module.buffers()
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name: what a state_dict is made of, without its hooks."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }

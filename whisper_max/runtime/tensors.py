@@ -8,8 +8,11 @@ from max.driver import Buffer
 
 
 def to_buffer(tensor: torch.Tensor) -> Buffer:
-    """The tensor's own memory as a MAX buffer; a copy only where it is not contiguous."""
-    return Buffer.from_dlpack(tensor.detach().contiguous())
+    """The tensor's own memory as a MAX buffer; a copy only where it is not contiguous.
+
+    Or where its numbers are the memory's with another sign, of which DLPack does not tell.
+    """
+    return Buffer.from_dlpack(tensor.detach().resolve_neg().contiguous())
 
 
 def to_torch(buffer: Buffer) -> torch.Tensor:

@@ -21,6 +21,8 @@ State = Mapping[str, Tensor]
 ABSENT = torch.zeros(1, dtype=torch.float32, device="cpu")
 """The scale of weights that have none."""
 
+FLOAT16_MAX = 65504.0
+
 # A fused projection and the upstream layers that it is made of.
 _FUSED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
 
@@ -32,7 +34,8 @@ def exact_in_float16(tensors: Iterable[Tensor]) -> bool:
 
 def matrices(state: State) -> Iterable[Tensor]:
     """The tensors of a state_dict that are held packed: all matrices and convolutions."""
-    return (t for name, t in state.items() if t.ndim >= 2 and "positional" not in name)
+    others = ("positional_embedding", "mask")
+    return (tensor for name, tensor in state.items() if tensor.ndim >= 2 and name not in others)
 
 
 def pack_encoder(state: State, storage: torch.dtype) -> list[Buffer]:
@@ -51,6 +54,30 @@ def pack_decoder(state: State, storage: torch.dtype) -> list[Buffer]:
     """The inputs `specification.DECODER` of a TextDecoder's state_dict, in order."""
     state = {f"decoder.{name}": tensor for name, tensor in state.items()}
     return [buffer for parameter in DECODER for buffer in _pack(parameter, state, storage)]
+
+
+def reach(state: State) -> tuple[float, float]:
+    """How far a TextDecoder's cross attention can carry audio features, see `may_overflow`.
+
+    Returns the length of the longest row of its key and value matrices, and the largest bias.
+    """
+    lengths, biases = [], []
+    for name in state:
+        if name.endswith(".cross_attn.key.weight"):
+            weight, bias = _linear(name.replace(".key.weight", ".kv"), state)
+            lengths.append(weight.norm(dim=1).max().item())
+            biases.append(bias.abs().max().item())
+    return max(lengths), max(biases)
+
+
+def may_overflow(reach: tuple[float, float], features: Tensor) -> bool:
+    """Whether keys or values of these features may exceed float16.
+
+    A product of two vectors is at most that of their lengths (Cauchy-Schwarz). Trained models stay
+    below a hundredth of the limit, so that no more exact answer is needed.
+    """
+    longest, bias = reach
+    return longest * features.norm(dim=-1).max().item() + bias > 0.98 * FLOAT16_MAX
 
 
 def panels(weight: Tensor) -> Tensor:

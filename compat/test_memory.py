@@ -1,0 +1,172 @@
+"""Memory that runs out, and numbers that do not fit: PyTorch's own answer, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from whisper import decoding
+
+import whisper_max
+from strategies import numbers, seeds, small, token_rows
+from whisper_max.dispatch import out_of_memory_is_unsupported
+from whisper_max.runtime import decoder_session, loading, model_state, weights
+
+MEL, FEATURES = numbers((1, 80, 120), 1), numbers((1, 60, 128), 2)
+TOKENS = token_rows((2, 5), 100, 3)
+
+pytestmark = pytest.mark.allow_fallback
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def model():
+    return small().build()
+
+
+def run_out(*args, **options):
+    """What torch.empty does on a machine without memory; not to be taken for its text."""
+    torch.empty(1 << 50)
+
+
+def run_out_in_numpy(*args, **options):
+    raise MemoryError("Unable to allocate 2.00 TiB for an array")
+
+
+def call(model, target):
+    return model.encoder(MEL) if target == "encoder" else model.decoder(TOKENS, FEATURES)
+
+
+def assert_on_pytorch(model, target, reason, **settings):
+    with whisper_max.disabled():
+        expected = call(model, target)
+    with whisper_max.patched(mode="auto", compile="blocking", **settings):
+        found = call(whisper_max.accelerate(model), target)
+        counted = whisper_max.status().targets[target]
+    assert torch.equal(torch.nan_to_num(found), torch.nan_to_num(expected))
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert counted.max_calls == 0
+    assert any(reason in text for text in counted.reasons), counted.reasons
+
+
+@pytest.mark.parametrize("failing", [run_out, run_out_in_numpy])
+@pytest.mark.parametrize(
+    ("target", "owner", "name"),
+    [
+        ("encoder", weights, "pack_encoder"),
+        ("decoder", weights, "pack_decoder"),
+        ("decoder", decoder_session, "CrossCache"),
+        ("decoder", decoder_session, "DecoderState"),
+        ("encoder", model_state.Memo, "keep"),
+    ],
+)
+def test_memory_runs_out(model, monkeypatch, target, owner, name, failing):
+    monkeypatch.setattr(owner, name, failing)
+    assert_on_pytorch(model, target, "memory ran out: ")
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_memory_runs_out_in_a_decode(model, monkeypatch, step):
+    def decode():
+        inference = decoding.PyTorchInference(model, 3)
+        tokens = token_rows((2, 8), 100, 1)
+        found = [inference.logits(tokens[:, :end], FEATURES) for end in range(3, 9)]
+        inference.cleanup_caching()
+        return torch.cat(found, dim=1)
+
+    expected = decode()
+    steps, to_buffer = iter(range(100)), decoder_session.to_buffer
+
+    def failing(tensor):
+        return run_out() if next(steps) >= step else to_buffer(tensor)
+
+    with whisper_max.patched(mode="auto", compile="blocking"):
+        monkeypatch.setattr(decoder_session, "to_buffer", failing)
+        torch.testing.assert_close(decode(), expected, rtol=1e-4, atol=1e-4)
+        reasons = whisper_max.status().targets["inference"].reasons
+    assert any("memory ran out" in reason for reason in reasons), reasons
+
+
+def test_other_errors_are_not_taken_for_it():
+    for error in (RuntimeError("shapes do not match"), ValueError("memory"), KeyError("memory")):
+        with pytest.raises(type(error)), out_of_memory_is_unsupported():
+            raise error
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("encoder", "conv1.weight"),
+        ("encoder", "blocks.0.attn.query.bias"),
+        ("encoder", "positional_embedding"),
+        ("decoder", "token_embedding.weight"),
+        ("decoder", "blocks.1.cross_attn.key.weight"),
+        ("decoder", "ln.bias"),
+    ],
+)
+def test_weights_that_are_not_finite(model, target, name, value):
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors[f"{target}.{name}"].view(-1)[7] = value
+    assert_on_pytorch(model, target, f"{name} holds values that are not finite")
+
+
+def test_weights_are_looked_at_once(model, monkeypatch):
+    """Also those that MAX does not take: a call must not read them all to find that out."""
+    model.encoder.conv1.bias[0] = float("inf")
+    looks = []
+    look_at = model_state.ModelState._look_at
+    monkeypatch.setattr(
+        model_state.ModelState, "_look_at", lambda *args: (looks.append(1), look_at(*args))
+    )
+    with whisper_max.patched(mode="auto", compile="blocking"):
+        whisper_max.accelerate(model)
+        for _ in range(3):
+            call(model, "encoder")
+        assert len(looks) == 1
+        model.encoder.conv1.bias[0] = 1
+        call(model, "encoder")
+        assert len(looks) == 2
+        assert whisper_max.status().targets["encoder"].max_calls == 1
+
+
+@pytest.mark.parametrize("value", [7e4, -1e30])
+def test_weights_beyond_float16(model, value):
+    """Every other precision takes them; `medium` would hold infinity."""
+    for target, name in (("encoder", "conv2.weight"), ("decoder", "blocks.0.mlp.2.weight")):
+        getattr(model, target).get_parameter(name).view(-1)[7] = value
+        assert_on_pytorch(model, target, "weights are beyond float16", precision="medium")
+
+
+@pytest.mark.parametrize("precision", ["medium", "int8"])
+def test_cross_attention_beyond_float16(model, precision, monkeypatch):
+    """Keys and values are held in float16, whatever the weights are held in."""
+    monkeypatch.setattr(loading, "engine", lambda *args: None)  # it is not come to
+    model.decoder.blocks[1].cross_attn.key.weight.mul_(6e4)
+    reason = "cross-attention keys or values may be beyond float16"
+    if precision == "medium":
+        model.decoder.blocks[1].cross_attn.key.weight.clamp_(-6e4, 6e4)
+    assert_on_pytorch(model, "decoder", reason, precision=precision)
+
+
+@given(seeds, st.sampled_from([1e-3, 1.0, 300.0, 3000.0]), st.floats(0, 7e4))
+def test_keys_and_values_that_overflow_are_foreseen(seed, scale, bias):
+    decoder = small().build().decoder
+    for block in decoder.blocks:
+        block.cross_attn.key.weight.mul_(scale)
+        block.cross_attn.value.bias.fill_(bias)
+    features = numbers((2, 60, 128), seed)
+    largest = max(
+        layer(features).abs().max().item()
+        for block in decoder.blocks
+        for layer in (block.cross_attn.key, block.cross_attn.value)
+    )
+    foreseen = weights.may_overflow(weights.reach(decoder.state_dict()), features)
+    assert foreseen or largest < 65504
+    assert not foreseen or max(largest, bias) > 2000  # not without need either

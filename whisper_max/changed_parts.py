@@ -1,0 +1,225 @@
+"""What of an encoder or decoder is not as upstream made it: missing, added, replaced, adjusted.
+
+MAX computes what openai-whisper's own modules compute. Whatever has been hung onto, put into or
+taken out of those modules is honoured by running them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Part(NamedTuple):
+    """A submodule of upstream's encoder or decoder.
+
+    cls : the full name of its class
+    weight : shape of its weight in multiples of n_state, None for one of any size; empty for a
+        part that has none
+    kernel : the size of a convolution's kernel, the last axis of its weight
+    """
+
+    cls: str
+    weight: tuple[int | None, ...] = ()
+    kernel: tuple[int, ...] = ()
+
+
+def _linear(outputs: int, inputs: int) -> Part:
+    return Part("whisper.model.Linear", (outputs, inputs))
+
+
+_NORM = Part("whisper.model.LayerNorm", (1,))
+_BLOCKS = Part("torch.nn.modules.container.ModuleList")
+_ENCODER = {
+    "conv1": Part("whisper.model.Conv1d", (1, None), (3,)),
+    "conv2": Part("whisper.model.Conv1d", (1, 1), (3,)),
+    "blocks": _BLOCKS,
+    "ln_post": _NORM,
+}
+_DECODER = {
+    "token_embedding": Part("torch.nn.modules.sparse.Embedding", (None, 1)),
+    "blocks": _BLOCKS,
+    "ln": _NORM,
+}
+
+
+def _attention(name: str) -> dict[str, Part]:
+    return {
+        f".{name}": Part("whisper.model.MultiHeadAttention"),
+        **{f".{name}.{part}": _linear(1, 1) for part in ("query", "key", "value", "out")},
+        f".{name}_ln": _NORM,
+    }
+
+
+_ENCODER_BLOCK = {
+    "": Part("whisper.model.ResidualAttentionBlock"),
+    **_attention("attn"),
+    ".mlp": Part("torch.nn.modules.container.Sequential"),
+    ".mlp.0": _linear(4, 1),
+    ".mlp.1": Part("torch.nn.modules.activation.GELU"),
+    ".mlp.2": _linear(1, 4),
+    ".mlp_ln": _NORM,
+}
+_DECODER_BLOCK = {**_ENCODER_BLOCK, **_attention("cross_attn")}
+
+# What an instance could be told to do otherwise, by class or by name.
+_SETTINGS = {
+    "Conv1d": {"padding": (1,), "dilation": (1,), "groups": 1, "padding_mode": "zeros"},
+    "conv1": {"stride": (1,)},
+    "conv2": {"stride": (2,)},
+    "Embedding": {"max_norm": None},
+    "GELU": {"approximate": "none"},
+    "LayerNorm": {"eps": 1e-5, "elementwise_affine": True},
+}
+_METHODS = ("forward", "qkv_attention", "_conv_forward")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def encoder_changes(encoder: nn.Module) -> list[str]:
+    """How an AudioEncoder differs from upstream's."""
+    return list(_changes(encoder, decoder=False))
+
+
+def decoder_changes(decoder: nn.Module) -> list[str]:
+    """How a TextDecoder differs from upstream's, but for the values of its mask."""
+    changes = list(_changes(decoder, decoder=True))
+    if decoder._buffers.get("mask") is None:
+        changes.append("mask is missing")
+    return changes
+
+
+@lru_cache(maxsize=8)
+def _expected(decoder: bool, blocks: int) -> dict[str, Part]:
+    """All parts by name."""
+    parts, block = (_DECODER, _DECODER_BLOCK) if decoder else (_ENCODER, _ENCODER_BLOCK)
+    of_blocks = {f"blocks.{i}{name}": block[name] for i in range(blocks) for name in block}
+    return {**parts, **of_blocks}
+
+
+def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
+    # Our own class, whose forward stands in for that of upstream's.
+    if any(_is_changed(base, "forward") for base in type(module).__mro__):
+        yield "its class was given another forward"
+    positions = _own_tensor(module, "positional_embedding")
+    if positions is None or positions.ndim != 2:
+        yield "positional_embedding is not a matrix of its own"
+        return
+    n_state = positions.shape[1]
+    found = dict(module.named_modules(remove_duplicate=False))
+    count = len(found.get("blocks", ()))
+    expected = _expected(decoder, count)
+    if count == 0:
+        yield "it has no blocks"
+    heads = getattr(found.get("blocks.0.attn"), "n_head", None)
+    changed_methods: dict[type, str | None] = {}
+    told: tuple[str, ...] = ("blocks.",) if count == 0 else ()
+    for name in (*found, *(expected.keys() - found.keys())):
+        if not name or name.startswith(told):  # said of the part that this one belongs to
+            continue
+        if name not in found:
+            change = f"{name} is missing"
+        elif name not in expected:
+            change = f"{name} is no part of upstream's"
+        else:
+            change = _change(name, found[name], expected[name], n_state, heads, changed_methods)
+        if change is not None:
+            yield change
+            told += (f"{name}.",)
+    if _wants_attention(found):
+        yield "use_sdpa is False: attention weights are wanted"
+    if heads:
+        yield from head_reasons(heads, n_state)
+
+
+def head_reasons(heads: int, n_state: int) -> list[str]:
+    """The kernels know the head size of all Whisper models, and no other."""
+    if n_state != 64 * heads:
+        return [f"its head_dim is {n_state / heads:g}; the kernels are for 64"]
+    return []
+
+
+def _change(
+    name: str,
+    child: nn.Module,
+    part: Part,
+    n_state: int,
+    heads: int | None,
+    changed_methods: dict[type, str | None],
+) -> str | None:
+    """How a part is not what upstream has in this place, if so."""
+    cls = type(child)
+    if (where := f"{cls.__module__}.{cls.__qualname__}") != part.cls:
+        return f"{name} was replaced by {where}"
+    own = vars(child)
+    if any(own.get(hooks) for hooks in HOOKS):
+        return f"{name} has hooks"
+    if cls not in changed_methods:
+        changed_methods[cls] = _changed_method(cls)
+    changed = next((method for method in _METHODS if method in own), changed_methods[cls])
+    if changed:
+        return f"{name}.{changed} was replaced"
+    if "parametrizations" in child._modules:
+        return f"{name} is parametrized"
+    for key in (cls.__name__, name):
+        for setting, value in _SETTINGS.get(key, {}).items():
+            if (found := getattr(child, setting, None)) != value:
+                return f"{name} has {setting}={found!r}"
+    if cls.__name__ == "MultiHeadAttention" and child.n_head != heads:
+        return f"{name} has n_head={child.n_head!r}"
+    if part.weight and (changed := _changed_parameters(child, part, n_state)):
+        return f"{name} {changed}"
+    return None
+
+
+def _changed_parameters(child: nn.Module, part: Part, n_state: int) -> str | None:
+    """How the weight or bias of a part is not as upstream's, if so."""
+    weight, bias = (_own_tensor(child, name) for name in ("weight", "bias"))
+    if weight is None:
+        return "has no weight of its own"
+    sizes = [None if times is None else times * n_state for times in part.weight]
+    expected = (*sizes, *part.kernel)
+    if len(weight.shape) != len(expected) or any(
+        size not in (None, length) for size, length in zip(expected, weight.shape)
+    ):
+        return f"has weights of shape {tuple(weight.shape)}"
+    if bias is None:
+        # A linear layer may go without. But one that is no parameter would go unseen.
+        unseen = getattr(child, "bias", None) is not None
+        return "has no bias of its own" if unseen or part == _NORM else None
+    if bias.shape != weight.shape[:1]:
+        return f"has a bias of shape {tuple(bias.shape)}"
+    return None
+
+
+def _own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter or buffer; None where the attribute is anything else, or is not there."""
+    if name in vars(module):
+        return None
+    found = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
+
+
+def _wants_attention(parts: dict[str, nn.Module]) -> bool:
+    """Whether somebody made upstream's decoder form its attention weights, to look at them."""
+    return any(
+        name.endswith(".cross_attn") and getattr(part, "use_sdpa", True) is False
+        for name, part in parts.items()
+    )
+
+
+def _changed_method(cls: type) -> str | None:
+    for name in _METHODS:
+        owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+        if owner is not None and _is_changed(owner, name):
+            return name
+    return None
+
+
+def _is_changed(cls: type, name: str) -> bool:
+    """Whether a class has a method of this name that was not written for it."""
+    return name in vars(cls) and vars(cls)[name].__module__ != cls.__module__
