@@ -12,7 +12,6 @@ from whisper.model import MultiHeadAttention
 
 from recordings import assert_same_result, samples
 from strategies import numbers, small, token_rows
-from whisper_max.runtime.engine import Engine
 
 THREADS = 4
 

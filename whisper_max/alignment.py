@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from whisper import timing
 from whisper.model import Whisper

@@ -174,6 +174,6 @@ def value_reasons(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 def float16_reasons(matrices: Iterable[torch.Tensor]) -> list[str]:
     """Reasons against holding finite weights in float16."""
-    if any(bool(matrix.half().isinf().any()) for matrix in matrices):
+    if any(bool(end.half().isinf()) for matrix in matrices for end in matrix.aminmax()):
         return ["weights are beyond float16"]
     return []
