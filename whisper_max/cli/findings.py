@@ -91,7 +91,9 @@ def of_the_machine() -> Iterator[Finding]:
     """CPU, threads, memory and GPU."""
     yield Finding("cpu", "ok", hardware.cpu_model())
     level = CPU_LEVELS.index(hardware.cpu_level())
-    has = {*CPU_LEVELS[: level + 1], *(["vnni"] if hardware.has_vnni() else [])}
+    has = {*CPU_LEVELS[: level + 1]}
+    has |= {"bf16"} if hardware.has_bf16() else set()
+    has |= {"vnni"} if hardware.has_vnni() else set()
     for feature, use in CPU_FEATURES.items():
         yield Finding("cpu", "ok", f"{feature}: {'yes' if feature in has else 'no'}; {use}")
 
