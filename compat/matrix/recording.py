@@ -19,9 +19,10 @@ import pytest
 import whisper_max
 from whisper_max.settings import TARGETS
 
+from .places import ROOT
 from .results import Environment, Script, Suite, save
 
-PARITY = Path(__file__).parents[1]
+UNIT_TESTS = ROOT / "tests"
 FOLDER_VARIABLE = "WHISPER_MAX_MATRIX_RECORD"
 
 
@@ -62,7 +63,7 @@ class Recorder:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         """Before the fixtures, which set the counters back to zero."""
-        if not item.path.is_relative_to(PARITY):  # unit tests count calls that are none
+        if item.path.is_relative_to(UNIT_TESTS):  # they count calls that are none
             return
         for target, counted in whisper_max.status().targets.items():
             self.calls[target]["max"] += counted.max_calls
