@@ -43,9 +43,8 @@ def test_all_five_formats(tmp_path, options):
     shown = whisper(tmp_path / "plain", tmp_path, *options)
     assert whisper(tmp_path / "ours", tmp_path, *options, launcher=launcher) == shown
     for ending in FORMATS:
-        ours, theirs = (
-            (tmp_path / who / f"en03.{ending}").read_text(encoding="utf-8") for who in ("ours", "plain")
-        )
+        files = [tmp_path / who / f"en03.{ending}" for who in ("ours", "plain")]
+        ours, theirs = (file.read_text(encoding="utf-8") for file in files)
         if ending == "json":  # it has probabilities, to the last digit
             assert_same_result(json.loads(ours), json.loads(theirs))
         else:

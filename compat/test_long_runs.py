@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -26,7 +27,7 @@ EVERY = 20
 pytestmark = pytest.mark.long
 
 
-def start(program: str, *arguments: str, launcher: tuple[str, ...] = (), **environment: str) -> dict:
+def start(program: str, *arguments: str, launcher: Sequence[str] = (), **environment: str) -> dict:
     """What a program of `programs` prints. Variables given as "" are taken away."""
     known = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(
@@ -82,7 +83,7 @@ def test_two_processes_that_compile_the_same_graphs(request, tmp_path):
     compiled = [name for name in files if name.endswith(".mef")]
     assert len(compiled) == 1, files
     assert not [name for name in files if "lock" in name or "unfinished" in name], files
-    note(request, "two processes compiling at once", f"{len(compiled)} compile, the same text twice")
+    note(request, "two processes compiling at once", "one compile, the same text twice")
 
 
 @pytest.fixture

@@ -39,7 +39,15 @@ def calls(told: dict, path: str) -> int:
     return sum(counted[f"{path}_calls"] for counted in told["targets"].values())
 
 
-@pytest.mark.parametrize("worker", ["fork", "fork patch", "spawn", "spawn patch", "forkserver"])
+@pytest.mark.parametrize(
+    "worker",
+    [
+        "fork",
+        "spawn",
+        *(pytest.param(one, marks=pytest.mark.long) for one in ("fork patch", "spawn patch")),
+        pytest.param("forkserver", marks=pytest.mark.long),
+    ],
+)
 def test_pool(worker):
     told = json.loads(run("pool.py", *worker.split()))
     texts = [[one["text"] for one in told[who]] for who in ("plain", "parent", "workers")]

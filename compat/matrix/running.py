@@ -20,7 +20,11 @@ TOX = [sys.executable, "-m", "tox", "--colored", "no"]
 def environments() -> list[str]:
     """The default environments of tox.ini, in its order."""
     listed = subprocess.run(
-        [*TOX, "list", "-q", "-d", "--no-desc"], cwd=ROOT, capture_output=True, text=True, check=True
+        [*TOX, "list", "-q", "-d", "--no-desc"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return [line for line in listed.stdout.splitlines() if re.fullmatch(r"[\w-]+", line)]
 

@@ -38,7 +38,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.getoption("--outcomes").write_text(json.dumps(config.stash[OUTCOMES]))
 
 
-
 @pytest.fixture(scope="session", autouse=True)
 def standing_in(tmp_path_factory) -> Iterator[None]:
     """Released weights that are not there: the bundled checkpoint, where upstream downloads them.
@@ -74,7 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             unused -= named
             if named and conditions.hold(entry["condition"], case):
                 reason = " ".join(entry["reason"].split())
-                item.add_marker(pytest.mark.xfail(raises=AssertionError, reason=reason, strict=entry["strict"]))
+                expected = {"raises": AssertionError, "strict": entry["strict"]}
+                item.add_marker(pytest.mark.xfail(reason=reason, **expected))
     if unused:
         raise pytest.UsageError(f"{EXPECTED.name} names tests that are not there: {sorted(unused)}")
 

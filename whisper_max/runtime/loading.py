@@ -76,4 +76,3 @@ def engine(weight: str, cross: str, settings: Settings) -> Engine:
             return _engines[key.digest]
     except CacheRefused as refused:
         raise UnsupportedByMax(str(refused)) from refused
-
