@@ -74,7 +74,8 @@ def test_what_is_missing_here_is_no_failure_and_what_breaks_is():
     absent = running.combined("py310", [], 0, text)
     assert absent.absent == "could not find python interpreter"
     assert not absent.failed
-    broken = running.combined("py311", [], 1, "installing\nno space left\n\n")
+    text = "installing\nno space left\n\n  py311: FAIL code 1\n  evaluation failed :( (2 seconds)\n"
+    broken = running.combined("py311", [], 1, text)
     assert broken.error == "no space left"
     assert broken.failed
     ended = [environment(suites=[Suite("a", failed=["x"])])]

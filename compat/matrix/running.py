@@ -14,6 +14,7 @@ from .places import LOGS, ROOT
 from .recording import FOLDER_VARIABLE
 from .results import Environment, load_all
 
+TOX_ENDS = re.compile(r"evaluation failed :\(|: FAIL |: exit \d")
 TOX = [sys.executable, "-m", "tox", "--colored", "no"]
 
 
@@ -59,6 +60,6 @@ def combined(name: str, sessions: list[Environment], status: int, text: str) -> 
             result.refused = session.refused
         result.suites += session.suites
     if status and not result.failed:
-        lines = [line for line in text.splitlines() if line.strip()]
-        result.error = lines[-1] if lines else f"tox ended with status {status}"
+        said = [line for line in text.splitlines() if line.strip() and not TOX_ENDS.search(line)]
+        result.error = said[-1] if said else f"tox ended with status {status}"
     return result

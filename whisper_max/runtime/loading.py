@@ -22,6 +22,7 @@ logger = logging.getLogger("whisper_max")
 _engines: dict[str, Engine] = {}
 _guard = threading.Lock()
 _process = os.getpid()
+_libc = ctypes.CDLL(None)  # opened here: after a fork, the loader's lock may be held for ever
 
 
 def _after_fork() -> None:
@@ -34,9 +35,8 @@ def _after_fork() -> None:
     if not _engines:
         return
     torch.set_num_threads(1)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "on_exit"):  # glibc
-        libc.on_exit(libc._exit, None)  # after Python's own end, before MAX's; keeps the status
+    if hasattr(_libc, "on_exit"):  # glibc
+        _libc.on_exit(_libc._exit, None)  # after Python's own end, before MAX's; keeps the status
     for loaded in _engines.values():
         for graph in loaded.graphs.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
