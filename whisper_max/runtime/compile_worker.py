@@ -69,7 +69,13 @@ class CompileJob:
 def main(role: str, content: dict) -> int:
     """What the started processes run; the exit status, 0 when the artifact is there."""
     job = CompileJob(**content)
-    return {"supervise": supervise, "compile": compile_in_this_process}[role](job)
+    if role == "supervise":
+        return supervise(job)
+    status = compile_in_this_process(job)
+    # MAX has been seen to abort while it ends, with threads of its own still there.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def compile_to_mef(key: ArtifactKey, path: Path) -> None:
