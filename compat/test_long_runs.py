@@ -23,6 +23,8 @@ ROOT = Path(whisper_max.__file__).parents[1]
 WINDOWS = 500
 WARM_UP = 100
 EVERY = 20
+FEW = 5
+"""Samples at either end, of which the median counts: their middles are WINDOWS apart."""
 
 pytestmark = pytest.mark.long
 
@@ -50,10 +52,11 @@ def note(request, name: str, text: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_many_windows_in_one_process(request):
     paths = [str(FOLDER / f"{name}.flac") for name in ("en01", "en02", "es01", "de01", "oov01")]
-    told = start("many_windows.py", str(WARM_UP + WINDOWS), str(EVERY), *paths)
+    count = WARM_UP + WINDOWS + (FEW - 1) * EVERY
+    told = start("many_windows.py", str(count), str(EVERY), *paths)
     assert not any(counted["torch_calls"] for counted in told["targets"].values())
     settled = told["seen"][WARM_UP // EVERY - 1 :]
-    first, last = (median(one["memory"] for one in few) for few in (settled[:5], settled[-5:]))
+    first, last = (median(one["memory"] for one in few) for few in (settled[:FEW], settled[-FEW:]))
     growth = last / first - 1
     counts = {name: [one[name] for one in settled] for name in ("files", "threads")}
     note(

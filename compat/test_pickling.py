@@ -29,7 +29,7 @@ assert names == ["whisper.model.AudioEncoder", "whisper.model.TextDecoder"], nam
 mel, tokens, expected = torch.load(sys.argv[2])
 torch.set_num_threads(2)
 with torch.no_grad():
-    # Where a tensor lies in memory decides how BLAS sums it up: another process may round otherwise.
+    # BLAS sums by where a tensor lies in memory: another process may round otherwise.
     torch.testing.assert_close(model(mel, tokens), expected, rtol=1e-5, atol=1e-5)
 """
 
