@@ -5,7 +5,8 @@
 #   PIP_FLAGS      more flags for pip. A smaller download on a machine without an NVIDIA GPU:
 #                      make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   PYTEST_FLAGS,
-#   BENCH_FLAGS    are passed on
+#   BENCH_FLAGS,
+#   MATRIX_FLAGS   are passed on
 #                      make test PYTEST_FLAGS="-k cache"
 
 PYTHON ?= python3
@@ -33,7 +34,7 @@ bench: $(VENV)/.installed-bench
 	$(RUN) -m benchmarks $(BENCH_FLAGS)
 
 matrix: $(VENV)/.installed-dev
-	$(RUN) -m tox run
+	$(RUN) -m compat.matrix $(MATRIX_FLAGS)
 
 gpu-compile: $(VENV)/.installed-bench
 	$(RUN) -m benchmarks gpu-compile

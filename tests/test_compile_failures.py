@@ -15,6 +15,10 @@ from whisper_max.runtime import artifacts, compilation
 from compile_tools import KEY, ensure, forget_this_process, names, wait_for, warnings
 
 
+def test_what_breaks_after_the_artifact_is_written_does_not_count(compiling):
+    assert ensure(compiling.key, compiling.cache, "abort_at_the_end").ready
+
+
 @pytest.mark.parametrize(
     "compiler, words",
     [

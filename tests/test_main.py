@@ -125,6 +125,13 @@ def test_profile_prints_the_status_to_stderr_even_after_an_error(folder):
     assert "\nencoder " in done.stderr
 
 
+def test_status_is_written_as_json_even_after_an_error(folder):
+    run = ["-m", "whisper_max", "--mode", "off", "--status", "status.json"]
+    assert python(*run, "-c", "raise SystemExit(3)", cwd=folder).returncode == 3
+    written = json.loads((folder / "status.json").read_text())
+    assert written["targets"]["encoder"]["max_calls"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [

@@ -21,6 +21,8 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
+THIRD_PARTY = "testenv:third-party-{stable-ts,whisper-timestamped,speechrecognition,lhotse}"
+RECORDING = " -p compat.matrix.recording"
 TASKS = ("demo", "test", "bench", "gpu-compile", "lint")
 
 
@@ -53,13 +55,13 @@ def extra(name: str) -> set[str]:
     return set(lines(SETUP["options.extras_require"][name]))
 
 
-def tox_dependencies() -> tuple[set[str], dict[str, str]]:
+def tox_dependencies(section: str = "testenv") -> tuple[set[str], dict[str, set[str]]]:
     """What every environment of the matrix installs, and what each factor adds."""
     common, by_factor = set(), {}
-    for line in lines(TOX["testenv"]["deps"]):
+    for line in lines(TOX[section]["deps"]):
         factor, separator, requirement = line.partition(": ")
         if separator:
-            by_factor[factor] = requirement
+            by_factor.setdefault(factor, set()).add(requirement)
         else:
             common.add(line)
     return common, by_factor
@@ -115,11 +117,13 @@ def test_version_of_the_package_is_written_once():
     assert re.fullmatch(r"\d+\.\d+\.\d+", whisper_max.__version__)
 
 
+def environments() -> list[str]:
+    """The default environments of tox.ini."""
+    return [name for pattern in lines(TOX["tox"]["env_list"]) for name in expand(pattern)]
+
+
 def test_matrix_covers_every_combination_that_can_be_installed():
-    environments = [
-        name for pattern in lines(TOX["tox"]["env_list"]) for name in expand(pattern)
-    ]
-    assert len(environments) == len(set(environments))
+    assert len(environments()) == len(set(environments()))
     expected = {
         f"py{python.replace('.', '')}-whisper{release}-{backend}{double}"
         for python in versions.TESTED_PYTHON
@@ -128,7 +132,11 @@ def test_matrix_covers_every_combination_that_can_be_installed():
         for double in ("", "-double")
         if (python, release) != ("3.13", "20231117")  # needs a triton without such a build
     }
-    assert set(environments) == expected
+    assert {name for name in environments() if name.startswith("py")} == expected
+    assert [name for name in environments() if not name.startswith("py")] == [
+        *(name.removeprefix("testenv:") for name in expand(THIRD_PARTY)),
+        "long",
+    ]
     assert TOX["tox"].getboolean("skip_missing_interpreters")
     assert {f"{name}-double" for name in PIXI["environments"] if name != "default"} == {
         name for name in expected if name.endswith("-double")
@@ -144,9 +152,15 @@ def test_matrix_pins_agree():
     common, by_factor = tox_dependencies()
     assert common == extra("test") | {f"torch{constraint('torch')}+cpu"}
     assert by_factor == {
-        "max": f"max=={versions.TESTED_MAX}.*",
-        **{f"whisper{r}": f"openai-whisper=={r}" for r in versions.TESTED_WHISPER},
+        "max": {f"max=={versions.TESTED_MAX}.*", *extra("matrix")},
+        **{f"whisper{r}": {f"openai-whisper=={r}"} for r in versions.TESTED_WHISPER},
     }
+    newest = by_factor[f"whisper{versions.TESTED_WHISPER[-1]}"]
+    needed = newest | {f"max=={versions.TESTED_MAX}.*", f"torch{constraint('torch')}+cpu"}
+    for section in (THIRD_PARTY, "testenv:long"):
+        others, pinned = tox_dependencies(section)
+        assert needed <= others <= needed | extra("test") | extra("matrix")
+        assert all("==" in line for requirements in pinned.values() for line in requirements)
     assert TOX["task"]["deps"] == f"torch{constraint('torch')}+cpu"
     assert TOX["testenv:lint"]["deps"] in extra("dev")
     assert TOX["tox"]["requires"] in extra("dev")
@@ -162,7 +176,7 @@ def test_matrix_pins_agree():
 def test_pixi_installs_what_the_extras_name():
     named = {
         re.split(r"[<>=;]", line)[0]: re.split(r"(?=[<>=])", line.split(";")[0], maxsplit=1)[1:]
-        for line in extra("test") | extra("dev")
+        for line in extra("test") | extra("dev") | extra("matrix")
     }
     common = PIXI["pypi-dependencies"]
     for package, specifier in named.items():
@@ -185,16 +199,27 @@ def test_task_is_the_same_in_make_tox_and_pixi(task):
     assert pixi[task] == command
 
 
-def test_without_max_tox_and_pixi_run_the_same_tests():
-    factors = dict(line.split(": ", 1) for line in lines(TOX["testenv"]["commands"]))
-    alone = factors["torch-!double"].replace("{posargs:", "").removesuffix("}")
-    assert PIXI["feature"]["torch"]["tasks"]["test"] == alone
-    assert (ROOT / alone.split()[-1]).is_file()
+def test_tox_and_pixi_run_the_same_tests():
+    commands: dict[str, list[str]] = {}
+    for line in lines(TOX["testenv"]["commands"]):
+        factor, _, command = line.partition(": ")
+        command = re.sub(r"\{posargs:(.*)\}", r"\1", command).replace(RECORDING, "")
+        commands.setdefault(factor, []).append(command.replace(" --suite twice", ""))
+    without_max, with_max = PIXI["feature"]["torch"]["tasks"], PIXI["feature"]["max"]["tasks"]
+    assert commands == {
+        "max-!double": ["python -m pytest tests compat", with_max["upstream"]],
+        "max-double": [with_max["double"]],
+        "torch-!double": [without_max["test"]],
+        "torch-double": [without_max["double"]],
+    }
+    assert PIXI["tasks"]["test"] == "python -m pytest"
+    assert lines(SETUP["tool:pytest"]["testpaths"]) == ["tests", "compat"]
+    assert (ROOT / without_max["test"].split()[-1]).is_file()
 
 
-def test_matrix_is_what_tox_runs_by_default():
-    assert "-m tox run" in recipe("matrix")
-    assert PIXI["tasks"]["matrix"] == "python -m tox run"
+def test_matrix_runs_the_environments_of_tox():
+    assert "-m compat.matrix" in recipe("matrix")
+    assert PIXI["tasks"]["matrix"] == "python -m compat.matrix"
 
 
 def test_every_make_target_is_declared_and_documented_commands_exist():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import json
 import os
 import pkgutil
 import runpy
@@ -54,6 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         if options.profile:
             print(status(), file=sys.stderr, flush=True)
+        if options.status:
+            with open(options.status, "w", encoding="utf-8") as file:
+                json.dump(status().to_dict(), file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", choices=COMPILE_POLICIES, help="when graphs are compiled")
     parser.add_argument(
         "--profile", action="store_true", help="print at the end what ran where, to stderr"
+    )
+    parser.add_argument(
+        "--status",
+        metavar="FILE",
+        type=os.path.abspath,  # the program may change its working folder
+        help="write the same to a file, as JSON",
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(

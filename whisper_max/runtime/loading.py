@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
+
+import torch
 
 from .. import report
 from ..conditions import UnsupportedByMax
@@ -19,6 +22,27 @@ logger = logging.getLogger("whisper_max")
 _engines: dict[str, Engine] = {}
 _guard = threading.Lock()
 _process = os.getpid()
+_libc = ctypes.CDLL(None)  # opened here: after a fork, the loader's lock may be held for ever
+
+
+def _after_fork() -> None:
+    """Keeps a forked child from waiting for threads that only its parent has.
+
+    PyTorch goes on with one thread: GNU OpenMP would wait for the others forever, with upstream's
+    own code as well, once the parent has computed anything. MAX waits for its own when a graph is
+    freed, so none is; and in what it does last, so the child exits without it.
+    """
+    if not _engines:
+        return
+    torch.set_num_threads(1)
+    if hasattr(_libc, "on_exit"):  # glibc
+        _libc.on_exit(_libc._exit, None)  # after Python's own end, before MAX's; keeps the status
+    for loaded in _engines.values():
+        for graph in loaded.graphs.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def refuse_after_fork() -> None:
@@ -52,4 +76,3 @@ def engine(arithmetic: Arithmetic, settings: Settings) -> Engine:
             return _engines[key.digest]
     except CacheRefused as refused:
         raise UnsupportedByMax(str(refused)) from refused
-
