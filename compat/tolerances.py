@@ -44,6 +44,9 @@ PRODUCTS = {
     "float32": PROMISES["high"],
     "bfloat16": Promise(times=2, floor=2**-10, largest_floor=2**-7),
     "int8": Promise(times=2, floor=2**-8, largest_floor=2**-6),
+    "float32_tiles": Promise(times=2, floor=2**-16, largest_floor=2**-14),
+    "bfloat16_tiles": Promise(times=2, floor=2**-10, largest_floor=2**-7),
+    "int8_tiles": Promise(times=2, floor=2**-8, largest_floor=2**-6),
 }
 
 # Of whole encoders and of logits. Over 120 drawn models each, the errors went up to 2^-8.3 (root

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..settings import CPU_LEVELS
 from . import hardware
 from .artifact_key import ArtifactKey
 
 
 class Arithmetic(NamedTuple):
-    """Names of dtypes.
+    """Names of dtypes, and whether products may be made in matrix tiles.
 
     weight : that the weights are held in
     cross : that the cross-attention keys and values are held in
     product : that the linear layers multiply many rows in, where the CPU has instructions for it
     attention : that the encoder's attention multiplies in, likewise
+    tiles : whether matrix tiles may multiply many rows, where the CPU has them: float32 is then
+        made of three products of bfloat16, which loses 2^-16
     """
 
     weight: str
     cross: str
     product: str
     attention: str
+    tiles: bool
 
 
 def arithmetic_of(precision: str, exact: bool) -> Arithmetic:
@@ -29,20 +33,23 @@ def arithmetic_of(precision: str, exact: bool) -> Arithmetic:
     exact : whether float16 holds every weight exactly, as those of the official models
     """
     if precision == "int8":
-        return Arithmetic("int8", "float16", "int8", "bfloat16")
+        return Arithmetic("int8", "float16", "int8", "bfloat16", True)
     if precision == "medium":
-        return Arithmetic("float16", "float16", "bfloat16", "bfloat16")
-    return Arithmetic("float16" if exact else "float32", "float32", "float32", "float32")
+        return Arithmetic("float16", "float16", "bfloat16", "bfloat16", True)
+    weight = "float16" if exact else "float32"
+    return Arithmetic(weight, "float32", "float32", "float32", precision == "high")
 
 
 def key_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> ArtifactKey:
     """The artifact for this arithmetic on this machine: one for all model sizes.
 
-    cpu_level : not to be exceeded, see `hardware.cpu_level`
+    cpu_level : not to be exceeded, see `hardware.cpu_level`. An artifact of level "amx" needs the
+        tile registers, which Linux has then granted to this process.
     """
-    # The kernels for AVX-512 serve CPUs with tiles too: there are none for tiles yet.
-    level = hardware.cpu_level("avx512" if cpu_level in (None, "amx") else cpu_level)
-    weight, cross, product, attention = arithmetic
+    level = hardware.cpu_level(cpu_level)
+    weight, cross, product, attention, tiles = arithmetic
+    if not tiles:
+        level = min(level, "avx512", key=CPU_LEVELS.index)
     options = {
         "weight": weight,
         "cross": cross,
