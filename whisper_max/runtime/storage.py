@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..settings import CPU_LEVELS
 from . import hardware
 from .artifact_key import ArtifactKey
+
+
+BUILDER = "whisper_max.graphs.build:build"
 
 
 class Arithmetic(NamedTuple):
@@ -40,16 +42,27 @@ def arithmetic_of(precision: str, exact: bool) -> Arithmetic:
     return Arithmetic(weight, "float32", "float32", "float32", precision == "high")
 
 
-def key_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> ArtifactKey:
-    """The artifact for this arithmetic on this machine: one for all model sizes.
+def keys_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> tuple[ArtifactKey, ...]:
+    """The artifact for this arithmetic on this machine, and what to use where that one fails.
 
     cpu_level : not to be exceeded, see `hardware.cpu_level`. An artifact of level "amx" needs the
         tile registers, which Linux has then granted to this process.
     """
     level = hardware.cpu_level(cpu_level)
-    weight, cross, product, attention, tiles = arithmetic
-    if not tiles:
-        level = min(level, "avx512", key=CPU_LEVELS.index)
+    if level != "amx":
+        levels = (level,)
+    else:
+        levels = ("amx", "avx512") if arithmetic.tiles else ("avx512",)
+    return tuple(_key_at(level, arithmetic) for level in levels)
+
+
+def key_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> ArtifactKey:
+    """The artifact for this arithmetic on this machine: one for all model sizes."""
+    return keys_of(arithmetic, cpu_level)[0]
+
+
+def _key_at(level: str, arithmetic: Arithmetic) -> ArtifactKey:
+    weight, cross, product, attention, _ = arithmetic
     options = {
         "weight": weight,
         "cross": cross,
@@ -58,7 +71,7 @@ def key_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> ArtifactKey:
     }
     return ArtifactKey(
         label=f"whisper-{weight}-{cross}-{level}",
-        builder="whisper_max.graphs.build:build",
+        builder=BUILDER,
         options=tuple(sorted(options.items())),
         device="cpu",
         cpu_level=level,
