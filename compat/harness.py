@@ -27,8 +27,8 @@ def compile_all(*precisions: str) -> Path:
     )
     for policy in ("background", "blocking"):
         for arithmetic in wanted:
-            key = storage.key_of(arithmetic, active.cpu_level)
-            compilation.ensure(key, active.cache_dir, policy)
+            keys = storage.keys_of(arithmetic, active.cpu_level)
+            compilation.ensure_first(keys, active.cache_dir, policy)
     return active.cache_dir
 
 

@@ -20,13 +20,13 @@ def build(*, device: str, cpu_level: str, source: str, products: str) -> Graph:
     device : "cpu"
     cpu_level : as for `whisper_max.graphs.build.build`
     source : digest of this file: what another source builds is another artifact
-    products : of linear, "weight*product" with commas between
+    products : of linear, "weight*product", with commas between; "weight*product*tiles" in tiles
     """
     library = KernelLibrary()
     library.load_paths([KERNELS])
     builder = _Builder(Module(), library, vector_width(cpu_level))
-    for weight, product in (pair.split("*") for pair in products.split(",")):
-        builder.linear(weight, product)
+    for way in products.split(","):
+        builder.linear(*way.split("*"))
     builder.layer_norm()
     builder.conv_patches("patches_of_mel", channels_first=True, stride=1)
     builder.conv_patches("patches", channels_first=False, stride=2)
@@ -40,7 +40,7 @@ class _Builder:
         self.library = library
         self.width = width
 
-    def linear(self, weight: str, product: str) -> None:
+    def linear(self, weight: str, product: str, *tiles: str) -> None:
         """The op itself, so that norm, GELU and residual are chosen by its operands."""
         types = [
             _floats("batch", "length", "in"),
@@ -53,7 +53,7 @@ class _Builder:
             threads_type(CPU),
             TensorType(DType.int32, (), CPU),
         ]
-        with self._graph(f"linear_{weight}_{product}", types) as graph:
+        with self._graph("_".join(("linear", weight, product, *tiles)), types) as graph:
             operands = [value.tensor for value in graph.inputs]
             shape = (*operands[0].shape[:2], operands[5].shape[0])
             result = ops.custom(
@@ -61,7 +61,11 @@ class _Builder:
                 CPU,
                 operands,
                 [TensorType(DType.float32, shape, CPU)],
-                parameters={"width": self.width, "product": DType[product]},
+                parameters={
+                    "width": self.width,
+                    "product": DType[product],
+                    "tiles": bool(tiles),
+                },
             )
             graph.output(result[0].tensor)
 
@@ -107,7 +111,12 @@ class _Builder:
 
     def _storage(self) -> Storage:
         return Storage(
-            DType.float16, DType.float32, self.width, product=DType.float32, attention=DType.float32
+            DType.float16,
+            DType.float32,
+            self.width,
+            product=DType.float32,
+            attention=DType.float32,
+            tiles=False,
         )
 
 

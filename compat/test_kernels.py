@@ -28,11 +28,15 @@ ROWS = st.integers(1, 70) | st.sampled_from([191, 192, 193, 385, 600])
 LENGTHS = st.integers(1, 12).map(lambda n: 16 * n) | st.sampled_from([512, 528, 1024, 1536])
 COLUMNS = st.integers(2, 200) | st.sampled_from([512, 513, 1025])
 
-# What weights are held in, and multiplied in, on this machine.
+# What weights are held in, and multiplied in, on this machine; "tiles" where those multiply.
+LEVEL = hardware.cpu_level(settings.active().cpu_level)
 PRODUCTS = [("float16", "float32"), ("int8", "float32")]
-if hardware.cpu_level(settings.active().cpu_level) != "baseline":
+if LEVEL != "baseline":
     PRODUCTS += [("float16", "bfloat16")] * hardware.has_bf16()
     PRODUCTS += [("int8", "int8")] * hardware.has_vnni()
+if LEVEL == "amx":
+    TILED = [("float16", "float32"), ("float32", "float32"), ("float16", "bfloat16")]
+    PRODUCTS += [(*way, "tiles") for way in (*TILED, ("int8", "int8"))]
 
 FEW_ROWS = 48  # up to here the product is float32 in any case, as in kernels/projection.mojo
 
@@ -44,9 +48,8 @@ def engine() -> Engine:
     """The graphs of kernel_graphs.py, compiled."""
     active = settings.active()
     source = hashlib.sha256(Path(kernel_graphs.__file__).read_bytes()).hexdigest()
-    level = hardware.cpu_level(active.cpu_level)
     options = (("products", ",".join("*".join(pair) for pair in PRODUCTS)), ("source", source))
-    key = ArtifactKey("kernels", "kernel_graphs:build", options, "cpu", level)
+    key = ArtifactKey("kernels", "kernel_graphs:build", options, "cpu", LEVEL)
     state = compilation.ensure(key, active.cache_dir, "blocking")
     assert state.ready, state.reason
     return Engine(artifacts.read(key, active.cache_dir))
@@ -86,17 +89,17 @@ def test_linear(
     weight = numbers((columns, length), seed + 1, length**-0.5)
     bias, added = numbers((columns,), seed + 2), numbers((rows, columns), seed + 3)
     ln = (1 + 0.2 * numbers((length,), seed + 4), numbers((length,), seed + 5))
-    held, product = stored
+    held, *product = stored
     norm = norm and length % 16 == 0
     if held == "int8":
         packed, factors = quantize(weight)
         weight = packed.float() * factors[:, None]
     else:
-        packed, factors = weight.half(), ABSENT
+        packed, factors = weight.to(getattr(torch, held)), ABSENT
         weight = packed.float()
     found = run(
         engine,
-        f"linear_{held}_{product}",
+        "_".join(("linear", *stored)),
         x,
         *(ln if norm else (NONE_VECTOR, NONE_VECTOR)),
         panels(packed),
@@ -111,7 +114,7 @@ def test_linear(
         found,
         linear_in(torch.float32, *arguments),
         linear_in(torch.float64, *arguments),
-        PROMISED[product if rows * batch > FEW_ROWS else "float32"],
+        PROMISED["_".join(product) if rows * batch > FEW_ROWS else "float32"],
     )
 
 

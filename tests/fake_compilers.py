@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from whisper_max.runtime.compile_worker import ArtifactRefused
+
 CONTENT = b"not a MEF, but bytes to be stored and found"
 
 
@@ -91,6 +93,13 @@ def fill_the_disk(key, path):
     count(key)
     path.symlink_to("/dev/full")
     path.write_bytes(CONTENT)
+
+
+def refuse_tiles(key, path):
+    count(key)
+    path.write_bytes(CONTENT)
+    if key.cpu_level == "amx":
+        raise ArtifactRefused("its tiles are wrong")
 
 
 def write_nothing(key, path):

@@ -132,6 +132,28 @@ def test_killed_supervisor_takes_the_compiler_along_and_frees_the_lock(compiling
     assert names(cache) == {f"{key.stem}.mef", f"{key.stem}.json"}
 
 
+def test_what_fails_its_check_is_replaced(compiling, caplog):
+    keys = (replace(KEY, cpu_level="amx"), KEY)
+
+    def ensure_first(**options):
+        return compilation.ensure_first(
+            keys,
+            compiling.cache,
+            "blocking",
+            progress=False,
+            compiler="fake_compilers:refuse_tiles",
+            **options,
+        )
+
+    key, state = ensure_first()
+    assert key == KEY and state.ready and "its tiles are wrong" in state.reason
+    assert not compilation.state(keys[0], compiling.cache).ready
+    [warning] = warnings(caplog)
+    assert "its tiles are wrong" in warning and "without tiles stand in" in warning
+    assert ensure_first() == (key, state)
+    assert compilation.ensure_first(keys[1:], compiling.cache, "cached")[1].reason == ""
+
+
 def test_changed_sources_are_not_compiled_under_the_old_name(compiling, monkeypatch):
     cache, key, count = compiling.cache, compiling.key, compiling.count
     stale = {**compilation.fingerprint(), "sources": "as they were when the program started"}

@@ -51,16 +51,16 @@ def compile(
     """
     changed = {"precision": precision, "device": device}
     wanted = replace(settings.active(), **{k: v for k, v in changed.items() if v is not None})
-    keys = artifact_keys(model_or_name, wanted)
+    wanted_keys = artifact_keys(model_or_name, wanted)
 
     from .runtime import artifacts, compilation
     from .runtime.cache_folder import CacheRefused
 
     files = []
-    for key in keys:
+    for keys in wanted_keys:
         try:
-            state = compilation.ensure(
-                key, wanted.cache_dir, "blocking", progress=progress, force=True
+            key, state = compilation.ensure_first(
+                keys, wanted.cache_dir, "blocking", progress=progress, force=True
             )
         except CacheRefused as refused:
             raise UnsupportedByMax(str(refused)) from refused
@@ -80,14 +80,19 @@ def start(wanted: Settings) -> None:
     from .runtime.cache_folder import CacheRefused
 
     try:
-        for key in artifact_keys(None, wanted):
-            report.set_artifact(compilation.ensure(key, wanted.cache_dir, "background").name)
+        for keys in artifact_keys(None, wanted):
+            _, state = compilation.ensure_first(keys, wanted.cache_dir, "background")
+            report.set_artifact(state.name)
     except (CacheRefused, UnsupportedByMax) as refused:
         logger.warning("nothing can be compiled, PyTorch does the work: %s", refused)
 
 
-def artifact_keys(model_or_name: Source | None, wanted: Settings) -> list[ArtifactKey]:
+def artifact_keys(
+    model_or_name: Source | None, wanted: Settings
+) -> list[tuple[ArtifactKey, ...]]:
     """What has to be compiled for a model (see `compile`), without compiling it.
+
+    Each with what is to be compiled where that fails.
 
     Raises as `compile` does.
     """
@@ -99,12 +104,12 @@ def artifact_keys(model_or_name: Source | None, wanted: Settings) -> list[Artifa
         refuse([f"there are graphs for the CPU only, not for {wanted.device!r}"])
     refuse(versions.environment_reasons())
 
-    from .runtime.storage import arithmetic_of, key_of
+    from .runtime.storage import arithmetic_of, keys_of
 
     wanted_of_parts = dict.fromkeys(
         arithmetic_of(wanted.precision, exact) for exact in _exact_parts(model_or_name, wanted)
     )
-    return [key_of(arithmetic, wanted.cpu_level) for arithmetic in wanted_of_parts]
+    return [keys_of(arithmetic, wanted.cpu_level) for arithmetic in wanted_of_parts]
 
 
 def _exact_parts(model_or_name: Source | None, wanted: Settings) -> Iterator[bool]:

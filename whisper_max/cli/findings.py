@@ -19,9 +19,9 @@ from .sizes import readable
 # What each feature of a CPU changes.
 CPU_FEATURES = {
     "avx512": "with it, kernels work on 16 numbers at a time instead of 8",
-    "amx": "no kernel uses it yet",
-    "bf16": "with it, medium multiplies two numbers of a row at a time; so does int8's attention",
-    "vnni": "with it, int8 multiplies four numbers of a row at a time",
+    "amx": "with it, high, medium and int8 multiply in matrix tiles",
+    "bf16": "with it, medium multiplies in pairs of bfloat16, and so does int8's attention",
+    "vnni": "with it, int8 multiplies in fours of int8",
 }
 
 
@@ -141,17 +141,22 @@ def of_the_graphs(settings: Settings) -> Iterator[Finding]:
     from ..precompile import artifact_keys
 
     try:
-        (key,) = artifact_keys(None, settings)
-        state = compilation.state(key, settings.cache_dir)
+        (keys,) = artifact_keys(None, settings)
+        states = {key: compilation.state(key, settings.cache_dir) for key in keys}
     except (UnsupportedByMax, CacheRefused):  # told above
         return
     from ..graphs.build import vector_width
 
-    made_for = f"{key.label}: vectors of {vector_width(key.cpu_level)} numbers"
+    for key, state in states.items():
+        if state.name != "failed":
+            break
+        yield Finding("graphs", "problem", state.reason, "whisper-max compile")
     if not state.ready:
-        trouble = "problem" if state.name == "failed" else "note"
-        yield Finding("graphs", trouble, state.reason, "whisper-max compile")
+        if state.name != "failed":
+            yield Finding("graphs", "note", state.reason, "whisper-max compile")
         return
+    tiles = " and matrix tiles" if key.cpu_level == "amx" else ""
+    made_for = f"{key.label}: vectors of {vector_width(key.cpu_level)} numbers{tiles}"
     yield Finding("graphs", "ok", made_for)
 
     from .selfcheck import self_check

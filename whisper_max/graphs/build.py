@@ -21,6 +21,7 @@ def build(
 
     device : "cpu"
     cpu_level : "baseline", "avx512" or "amx" (see runtime/hardware.py); decides the vector width
+        and whether matrix tiles are used
     weight, cross, product, attention : names of dtypes, see `Storage`
 
     Raises ValueError for a device that there are no kernels for.
@@ -28,7 +29,12 @@ def build(
     if device != "cpu":
         raise ValueError(f"there are graphs for the CPU only, not for {device!r}")
     storage = Storage(
-        DType[weight], DType[cross], vector_width(cpu_level), DType[product], DType[attention]
+        DType[weight],
+        DType[cross],
+        vector_width(cpu_level),
+        DType[product],
+        DType[attention],
+        tiles=cpu_level == "amx",
     )
     # The kernels are compiled once for all graphs.
     library = KernelLibrary()

@@ -69,6 +69,7 @@ class Layers:
             ],
             (x.shape[0], x.shape[1], bias.shape[0]),
             product=self.storage.product,
+            tiles=self.storage.tiles,
         )
 
     def conv_patches(
@@ -100,6 +101,7 @@ class Layers:
             [x, self.threads, *self._operands(ENCODER_BLOCKS)],
             x.shape,
             product=self.storage.product,
+            tiles=self.storage.tiles,
             attention=self.storage.attention,
         )
 
@@ -115,7 +117,11 @@ class Layers:
             "whisper_cross_kv",
             self.device,
             [keys, values, features, self.threads, *operands],
-            parameters={"width": self.storage.width, "product": self.storage.product},
+            parameters={
+                "width": self.storage.width,
+                "product": self.storage.product,
+                "tiles": self.storage.tiles,
+            },
         )
 
     def embed(self, tokens: TensorValue, position: TensorValue) -> TensorValue:
@@ -165,7 +171,11 @@ class Layers:
                 *self._operands(DECODER_BLOCKS),
             ],
             [self._type(x.shape), self._type(score_shape)],
-            parameters={"width": self.storage.width, "product": self.storage.product},
+            parameters={
+                "width": self.storage.width,
+                "product": self.storage.product,
+                "tiles": self.storage.tiles,
+            },
         )
         return result.tensor, raw_scores.tensor
 

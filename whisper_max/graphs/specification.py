@@ -86,6 +86,8 @@ class Storage:
     product : what linear layers multiply many rows in: float32, bfloat16 or, where the weights
         are int8, int8. The last two need width 16 and the instructions.
     attention : what the encoder's attention multiplies in: float32 or bfloat16.
+    tiles : whether matrix tiles (AMX) multiply many rows and the encoder's attention; float32 is
+        then made of three products of bfloat16.
     """
 
     weight: DType
@@ -93,6 +95,7 @@ class Storage:
     width: int
     product: DType
     attention: DType
+    tiles: bool
 
 
 def threads_type(device: DeviceRef) -> TensorType:

@@ -2,8 +2,9 @@
 
 Keys are packed like weights: panels of 32 frames, `[frames / 32, 64, 32]`. Values are two panels
 of 32 channels, `[2, frames, 32]`, frames padded to a multiple of 32 with zeros. Panels of bfloat16
-hold pairs (products.mojo): both products are then made of such pairs. Scores of a few rows live in
-a worker's scratch; the score matrix of a window is never formed.
+hold pairs (products.mojo): both products are then made of such pairs. For matrix tiles both hold
+one bfloat16 or two for each number (tiles.mojo). Scores of a few rows live in a worker's scratch;
+the score matrix of a window is never formed.
 """
 
 from std.math import align_up, ceildiv, exp
@@ -11,7 +12,10 @@ from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 
 from .gemm import F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
-from .products import BF16, WORDS, Words, accumulate_pairs, store_bfloat16, store_pairs, words_of
+from .products import (
+    BF16, PAIRS_STEP, WORDS, Words, accumulate_pairs, store_bfloat16, store_pairs, words_of
+)
+from .tiles import SIDE, begin_tiles, end_tiles, multiply_tiles, parts_of
 
 comptime HEAD_DIM = 64
 comptime SCALE: Float32 = 0.125
@@ -37,11 +41,11 @@ def head_size(frames: Int) -> Int:
 
 
 def pack_keys[
-    type: DType
+    type: DType, //, tiles: Bool
 ](source: Floats, row_stride: Int, frames: Int, to: Packed[type]):
     """Packs the keys of one head; frame `f` of the source starts at `f * row_stride`."""
-    comptime if type == BF16:
-        pack_key_pairs(source, row_stride, frames, words_of(to))
+    comptime if tiles or type == BF16:
+        pack_key_pairs[parts_of[type, tiles]()](source, row_stride, frames, words_of(to))
         return
     for panel in range(ceildiv(frames, PANEL)):
         for d in range(HEAD_DIM):
@@ -56,21 +60,25 @@ def pack_keys[
                 line.unsafe_offset(lane).unsafe_store(Scalar[type](0))
 
 
-def pack_key_pairs(source: Floats, row_stride: Int, frames: Int, to: Words):
+def pack_key_pairs[
+    parts: Int
+](source: Floats, row_stride: Int, frames: Int, to: Words):
     """Packs keys as pairs: two neighbours of a key are one word, and frames lie side by side."""
-    comptime pairs = HEAD_DIM // 2
-    var key = unsafe_stack_allocation[HEAD_DIM, Scalar[BF16], alignment=64]()
+    comptime pairs = parts * HEAD_DIM // 2
+    var key = unsafe_stack_allocation[parts * HEAD_DIM, Scalar[BF16], alignment=64]()
     for frame in range(padded(frames)):
         var line = to.unsafe_offset((frame // PANEL) * pairs * PANEL + frame % PANEL)
         if frame < frames:
-            store_bfloat16(source.unsafe_offset(frame * row_stride), raw(key), HEAD_DIM)
+            store_bfloat16[parts](source.unsafe_offset(frame * row_stride), raw(key), HEAD_DIM)
         var words = words_of(raw(key))
         for pair in range(pairs):
             var word = words.unsafe_offset(pair).unsafe_load() if frame < frames else 0
             line.unsafe_offset(pair * PANEL).unsafe_store(word)
 
 
-def pack_value_pairs(source: Floats, row_stride: Int, frames: Int, to: Packed[BF16]):
+def pack_value_pairs[
+    parts: Int
+](source: Floats, row_stride: Int, frames: Int, to: Packed[BF16]):
     """Packs values as pairs of frames."""
     var length = padded(frames)
     for half in range(HEAD_DIM // PANEL):
@@ -82,16 +90,20 @@ def pack_value_pairs(source: Floats, row_stride: Int, frames: Int, to: Packed[BF
                 first = at.unsafe_load[width=PANEL]()
             if frame + 1 < frames:
                 second = at.unsafe_offset(row_stride).unsafe_load[width=PANEL]()
-            store_pairs(first, second, to.unsafe_offset((half * length + frame) * PANEL))
+            store_pairs[parts](
+                first, second, to.unsafe_offset(half * parts * length * PANEL), frame
+            )
 
 
 def pack_values[
-    type: DType, width: Int
+    type: DType, //, width: Int, tiles: Bool
 ](source: Floats, row_stride: Int, frames: Int, to: Packed[type]):
     """Packs the values of one head."""
     var length = padded(frames)
-    comptime if type == BF16:
-        pack_value_pairs(source, row_stride, frames, Packed[BF16](unsafe_from_address=Int(to)))
+    comptime if tiles or type == BF16:
+        pack_value_pairs[parts_of[type, tiles]()](
+            source, row_stride, frames, Packed[BF16](unsafe_from_address=Int(to))
+        )
         return
     for half in range(HEAD_DIM // PANEL):
         for frame in range(length):
@@ -126,8 +138,8 @@ def softmax(scores: Floats, count: Int, length: Int) -> Float32:
 
 
 @fieldwise_init
-struct Attention[type: DType, width: Int](ImplicitlyCopyable):
-    """Rows of queries against one head's packed keys and values.
+struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
+    """Rows of queries against one head's packed keys and values, in matrix tiles or in vectors.
 
     Row `r` of the queries starts at `r * query_stride`, of the output at `r * output_stride`.
     Where `raw_scores` is set, the scaled scores before softmax are copied there, row by row at a
@@ -146,16 +158,22 @@ struct Attention[type: DType, width: Int](ImplicitlyCopyable):
 
     def run(self, rows: Int):
         """Attends with all rows, as many at a time as the registers hold."""
-        comptime largest = tile_rows[Self.width]()
+        comptime largest = SIDE if Self.tiles else tile_rows[Self.width]()
         var stride = padded(self.frames) + SCORE_PADDING
-        var scores = unsafe_alloc[Float32](largest * stride)
-        var row = 0
-        comptime for tile in range(4):
-            comptime count = (largest, 5, 2, 1)[tile]
-            comptime if count <= largest:
-                while row + count <= rows:
-                    self.tile[count](scores, stride, row)
-                    row += count
+        var scores = unsafe_alloc[Float32](largest * stride, alignment=64)
+        comptime if Self.tiles:
+            begin_tiles()
+            for row in range(0, rows, SIDE):
+                self.side(scores, stride, row, min(SIDE, rows - row))
+            end_tiles()
+        else:
+            var row = 0
+            comptime for tile in range(4):
+                comptime count = (largest, 5, 2, 1)[tile]
+                comptime if count <= largest:
+                    while row + count <= rows:
+                        self.tile[count](scores, stride, row)
+                        row += count
         scores.unsafe_free()
 
     @always_inline
@@ -166,12 +184,7 @@ struct Attention[type: DType, width: Int](ImplicitlyCopyable):
             self.score_pairs[rows](scores, stride, row)
         else:
             self.score[rows](scores, stride, row)
-        if self.wants_scores:
-            for r in range(rows):
-                for i in range(length):
-                    self.raw_scores.unsafe_offset((row + r) * length + i).unsafe_store(
-                        scores.unsafe_offset(r * stride + i).unsafe_load()
-                    )
+        self.keep_scores(scores, stride, row, rows)
         var totals = Array[Float32, rows](fill=0)
         comptime for r in range(rows):
             totals[r] = softmax(scores.unsafe_offset(r * stride), self.frames, length)
@@ -179,6 +192,67 @@ struct Attention[type: DType, width: Int](ImplicitlyCopyable):
             self.mix_pairs[rows](scores, stride, totals, row)
         else:
             self.mix[rows](scores, stride, totals, row)
+
+    @always_inline
+    def keep_scores(self, scores: Floats, stride: Int, row: Int, rows: Int):
+        """Copies the scaled products of `rows` rows from `row` on, if they are wanted."""
+        if not self.wants_scores:
+            return
+        var length = padded(self.frames)
+        for r in range(rows):
+            for i in range(length):
+                self.raw_scores.unsafe_offset((row + r) * length + i).unsafe_store(
+                    scores.unsafe_offset(r * stride + i).unsafe_load()
+                )
+
+    def side(self, scores: Floats, stride: Int, row: Int, rows: Int):
+        """Attends with up to SIDE rows from `row` on; what tiles make of further ones is unused."""
+        comptime parts = parts_of[Self.type, True]()
+        var length = padded(self.frames)
+        var line = unsafe_stack_allocation[HEAD_DIM, Float32, alignment=64]()
+        var query = unsafe_stack_allocation[SIDE * parts * HEAD_DIM, Scalar[BF16], alignment=64]()
+        var totals = unsafe_stack_allocation[SIDE, Float32]()
+        var sums = unsafe_stack_allocation[SIDE * PANEL, Float32, alignment=64]()
+        for r in range(rows):
+            var source = self.query.unsafe_offset((row + r) * self.query_stride)
+            comptime for d in range(0, HEAD_DIM, WORDS):
+                line.unsafe_offset(d).unsafe_store(
+                    source.unsafe_offset(d).unsafe_load[width=WORDS]() * SCALE
+                )
+            store_bfloat16[parts](
+                raw(line), raw(query).unsafe_offset(r * parts * HEAD_DIM), HEAD_DIM
+            )
+        var keys = Packed[BF16](unsafe_from_address=Int(self.keys))
+        for panel in range(length // PANEL):
+            multiply_tiles[parts](
+                raw(query),
+                parts * HEAD_DIM,
+                keys.unsafe_offset(panel * parts * HEAD_DIM * PANEL),
+                HEAD_DIM // PAIRS_STEP,
+                scores.unsafe_offset(panel * PANEL),
+                stride,
+            )
+        self.keep_scores(scores, stride, row, rows)
+        var weights = Packed[BF16](unsafe_from_address=Int(scores))
+        for r in range(rows):
+            var scores_of_row = scores.unsafe_offset(r * stride)
+            totals.unsafe_offset(r).unsafe_store(softmax(scores_of_row, self.frames, length))
+            store_bfloat16[parts](scores_of_row, weights.unsafe_offset(2 * r * stride), length)
+        var values = Packed[BF16](unsafe_from_address=Int(self.values))
+        comptime for half in range(HEAD_DIM // PANEL):
+            multiply_tiles[parts](
+                weights,
+                2 * stride,
+                values.unsafe_offset(half * parts * length * PANEL),
+                length // PAIRS_STEP,
+                raw(sums),
+                PANEL,
+            )
+            for r in range(rows):
+                var mixed = raw(sums).unsafe_offset(r * PANEL).unsafe_load[width=PANEL]()
+                self.output.unsafe_offset(
+                    (row + r) * self.output_stride + half * PANEL
+                ).unsafe_store(mixed / totals.unsafe_offset(r).unsafe_load())
 
     @always_inline
     def score[rows: Int](self, scores: Floats, stride: Int, row: Int):

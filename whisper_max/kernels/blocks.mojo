@@ -38,7 +38,7 @@ def norm_of(
 
 @always_inline
 def linear[
-    type: DType, //, width: Int, product: DType
+    type: DType, //, width: Int, product: DType, tiles: Bool
 ](
     output: Floats,
     x: Floats,
@@ -50,11 +50,11 @@ def linear[
     norm: Norm,
     residual: Bool,
     gelu: Bool,
-) -> Projection[type, width, product]:
+) -> Projection[type, width, product, tiles]:
     """The projection of one layer; `residual` adds to what the output holds."""
     var length = weight.dim_size(2)
     var columns = bias.dim_size(1)
-    return Projection[type, width, product](
+    return Projection[type, width, product, tiles](
         output,
         x,
         raw(weight.unsafe_ptr()).unsafe_offset(
@@ -75,8 +75,8 @@ def linear[
 
 @always_inline
 def project[
-    type: DType, width: Int, product: DType, //
-](mut phases: Phases, team: Int, projection: Projection[type, width, product]):
+    type: DType, width: Int, product: DType, tiles: Bool, //
+](mut phases: Phases, team: Int, projection: Projection[type, width, product, tiles]):
     """One phase: a linear layer."""
     var chunks = projection.chunks(team)
 
@@ -91,7 +91,13 @@ def project[
 struct EncoderBlocks:
     @staticmethod
     def execute[
-        target: StaticString, type: DType, //, width: Int, product: DType, attention: DType
+        target: StaticString,
+        type: DType,
+        //,
+        width: Int,
+        product: DType,
+        attention: DType,
+        tiles: Bool,
     ](
         output: OutputTensor[dtype=F32, rank=3, ...],
         x: InputTensor[dtype=F32, rank=3, ...],
@@ -116,7 +122,8 @@ struct EncoderBlocks:
     ) raises:
         """All blocks of the encoder: x, shape (batch, frames, n_state); threads[0] at most.
 
-        Linear layers multiply in `product`, attention in `attention`.
+        Linear layers multiply in `product`, attention in `attention`, with matrix `tiles` or
+        without.
         """
         var batch = x.dim_size(0)
         var frames = x.dim_size(1)
@@ -142,8 +149,8 @@ struct EncoderBlocks:
                 (chunk // heads) * frames * 3 * n + (chunk % heads) * HEAD_DIM
             )
             var at = chunk * head_size(frames)
-            pack_keys(qkv.unsafe_offset(n), 3 * n, frames, keys.unsafe_offset(at))
-            pack_values[width=width](
+            pack_keys[tiles](qkv.unsafe_offset(n), 3 * n, frames, keys.unsafe_offset(at))
+            pack_values[width, tiles](
                 qkv.unsafe_offset(2 * n), 3 * n, frames, values.unsafe_offset(at)
             )
 
@@ -160,7 +167,7 @@ struct EncoderBlocks:
             var end = frames * (chunk % query_blocks + 1) // query_blocks
             var row = (head // heads) * frames + begin
             var column = (head % heads) * HEAD_DIM
-            Attention[attention, width](
+            Attention[attention, width, tiles](
                 attended.unsafe_offset(row * n + column),
                 n,
                 hidden.unsafe_offset(row * 3 * n + column),
@@ -183,18 +190,18 @@ struct EncoderBlocks:
             for layer in range(layers):
                 var attn_ln = norm_of(attn_ln_weight, attn_ln_bias, layer)
                 var mlp_ln = norm_of(mlp_ln_weight, mlp_ln_bias, layer)
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     hidden, stream, rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln, False, False
                 ))
                 phase.run(batch * heads, pack)
                 phase.run(batch * heads * query_blocks, attend)
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     stream, attended, rows, out_weight, out_scale, out_bias, layer, none, True, False
                 ))
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     hidden, stream, rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln, False, True
                 ))
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     stream, hidden, rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none, True, False
                 ))
 
@@ -208,7 +215,13 @@ struct EncoderBlocks:
 struct DecoderBlocks:
     @staticmethod
     def execute[
-        target: StaticString, type: DType, cache_type: DType, //, width: Int, product: DType
+        target: StaticString,
+        type: DType,
+        cache_type: DType,
+        //,
+        width: Int,
+        product: DType,
+        tiles: Bool,
     ](
         output: OutputTensor[dtype=F32, rank=3, ...],
         raw_scores: OutputTensor[dtype=F32, rank=3, ...],
@@ -326,7 +339,7 @@ struct DecoderBlocks:
                     var at = window * group * n + head * HEAD_DIM
                     var packed = ((layer * windows + window) * heads + head) * head_elements
                     var slot = Int(slots.unsafe_offset(layer * heads + head).unsafe_load())
-                    Attention[cache_type, width](
+                    Attention[cache_type, width, False](
                         attended.unsafe_offset(at),
                         n,
                         hidden.unsafe_offset(at),
@@ -340,29 +353,29 @@ struct DecoderBlocks:
                         slot >= 0,
                     ).run(group)
 
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln,
                     False, False,
                 ))
                 phase.run(rows * heads, attend)
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     stream, attended, all_rows, out_weight, out_scale, out_bias, layer, none,
                     True, False,
                 ))
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, cross_query_weight, cross_query_scale,
                     cross_query_bias, layer, cross_ln, False, False,
                 ))
                 phase.run(windows * heads, cross_attend)
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     stream, attended, all_rows, cross_out_weight, cross_out_scale, cross_out_bias,
                     layer, none, True, False,
                 ))
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln,
                     False, True,
                 ))
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     stream, hidden, all_rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none,
                     True, False,
                 ))
@@ -376,7 +389,13 @@ struct DecoderBlocks:
 struct CrossKV:
     @staticmethod
     def execute[
-        target: StaticString, type: DType, cache_type: DType, //, width: Int, product: DType
+        target: StaticString,
+        type: DType,
+        cache_type: DType,
+        //,
+        width: Int,
+        product: DType,
+        tiles: Bool,
     ](
         keys: MutableInputTensor[dtype=cache_type, rank=4, ...],
         values: MutableInputTensor[dtype=cache_type, rank=4, ...],
@@ -427,12 +446,12 @@ struct CrossKV:
                         (chunk // heads) * frames * 2 * n + (chunk % heads) * HEAD_DIM
                     )
                     var to = (layer * windows * heads + chunk) * elements
-                    pack_keys(at, 2 * n, frames, to_keys.unsafe_offset(to))
-                    pack_values[width=width](
+                    pack_keys[False](at, 2 * n, frames, to_keys.unsafe_offset(to))
+                    pack_values[width, False](
                         at.unsafe_offset(n), 2 * n, frames, to_values.unsafe_offset(to)
                     )
 
-                project(phase, team, linear[width, product](
+                project(phase, team, linear[width, product, tiles](
                     projected, x, rows, kv_weight, kv_scale, kv_bias, layer, none, False, False
                 ))
                 phase.run(windows * heads, pack)

@@ -9,7 +9,7 @@ from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 
 from .gemm import F32, PANEL, Floats, Packed, accumulate, copy, raw, tile_rows
-from .products import BLOCK_LENGTH, WORDS, Block
+from .products import WORDS, Block
 
 comptime EPSILON: Float32 = 1e-5
 comptime FEW_ROWS = 48
@@ -91,10 +91,11 @@ struct Norm(ImplicitlyCopyable):
 
 
 @fieldwise_init
-struct Projection[type: DType, width: Int, product: DType](ImplicitlyCopyable):
+struct Projection[type: DType, width: Int, product: DType, tiles: Bool](ImplicitlyCopyable):
     """One linear layer: its operands, and the work on one chunk of its output.
 
-    `product` is what many rows are multiplied in; few are, in float32, as fast as memory is read.
+    `product` is what many rows are multiplied in, in matrix tiles or in vectors; few are, in
+    float32, as fast as memory is read.
     `weight` is packed, `[panels, length, 32]`. `scale` multiplies each output channel (int8
     weights) where `scaled`. `residual` is read at `row % residual_rows` (0: none) and may be the
     output itself.
@@ -186,14 +187,15 @@ struct Projection[type: DType, width: Int, product: DType](ImplicitlyCopyable):
 
     def block(self, first_row: Int, last_row: Int, first_panel: Int, last_panel: Int):
         """Many rows times a run of panels, `length` in blocks, each packed once for all panels."""
-        comptime rows_in_tile = tile_rows[Self.width]()
+        comptime Operands = Block[Self.product, Self.width, Self.tiles]
+        comptime at_once = Operands.at_once
         var rows = last_row - first_row
-        var step = align_up(ceildiv(self.length, ceildiv(self.length, BLOCK_LENGTH)), WORDS)
-        # Whole tiles are computed; what stands in the rows past the end is never stored.
-        var block = Block[Self.product, Self.width](align_up(rows, rows_in_tile))
+        var step = align_up(ceildiv(self.length, ceildiv(self.length, Operands.length)), WORDS)
+        # As many are always computed; what stands in the rows past the end is never stored.
+        var block = Operands(rows)
         # The sums leave the registers through a small buffer, so that what follows the product
         # is compiled once and not once for each register.
-        var sums = unsafe_stack_allocation[rows_in_tile * PANEL, Float32, alignment=64]()
+        var sums = unsafe_stack_allocation[at_once * PANEL, Float32, alignment=64]()
         for begin in range(0, self.length, step):
             var length = min(step, self.length - begin)
             for row in range(rows):
@@ -209,9 +211,9 @@ struct Projection[type: DType, width: Int, product: DType](ImplicitlyCopyable):
                 block.take_panel(
                     self.weight.unsafe_offset((panel * self.length + begin) * PANEL), length
                 )
-                for row in range(0, rows, rows_in_tile):
-                    block.multiply[rows_in_tile](row, length, raw(sums))
-                    for r in range(min(rows_in_tile, rows - row)):
+                for row in range(0, rows, at_once):
+                    block.multiply(row, length, raw(sums))
+                    for r in range(min(at_once, rows - row)):
                         self.finish_row(
                             raw(sums).unsafe_offset(r * PANEL),
                             first_row + row + r,

@@ -17,7 +17,7 @@ comptime FRAME_BLOCK = 256
 struct Linear:
     @staticmethod
     def execute[
-        target: StaticString, type: DType, //, width: Int, product: DType
+        target: StaticString, type: DType, //, width: Int, product: DType, tiles: Bool
     ](
         output: OutputTensor[dtype=F32, rank=3, ...],
         x: InputTensor[dtype=F32, rank=3, ...],
@@ -38,7 +38,7 @@ struct Linear:
         """
         var columns = bias.dim_size(0)
         var length = x.dim_size(2)
-        var projection = Projection[type, width, product](
+        var projection = Projection[type, width, product, tiles](
             raw(output.unsafe_ptr()),
             raw(x.unsafe_ptr()),
             raw(weight.unsafe_ptr()),

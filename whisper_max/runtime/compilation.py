@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..settings import COMPILE_POLICIES
@@ -42,7 +43,8 @@ class ArtifactState:
     """Whether an artifact can be used, and if not, why.
 
     name : "ready", "compiling", "failed" or "missing"
-    reason : for the report, with the remedy where there is one; empty when ready
+    reason : for the report, with the remedy where there is one; when ready, why it is not an
+        artifact that would be better, or empty
     """
 
     name: str
@@ -117,6 +119,32 @@ def ensure(
     if policy == "blocking":
         _wait(child, key, folder, progress)
     return state(key, folder)
+
+
+def ensure_first(
+    keys: Sequence[ArtifactKey],
+    cache_dir: str | os.PathLike[str],
+    policy: str,
+    *,
+    progress: bool = True,
+    force: bool = False,
+    compiler: str = MAX_COMPILER,
+) -> tuple[ArtifactKey, ArtifactState]:
+    """`ensure` for the first of `keys` that has not failed; and which one that is.
+
+    Raises as `ensure` does.
+    """
+    reasons = []
+    for key in keys:
+        found = ensure(
+            key, cache_dir, policy, progress=progress, force=force, compiler=compiler
+        )
+        if found.name != "failed":
+            break
+        reasons.append(found.reason)
+    if found.ready:
+        found = replace(found, reason="; ".join(reasons))
+    return key, found
 
 
 def _start(
@@ -212,8 +240,9 @@ def _failed(key: ArtifactKey, reason: str, folder: Path) -> ArtifactState:
     if key.digest not in _warned:
         _warned.add(key.digest)
         logger.warning(
-            "%s; PyTorch does the work. The log is %s; `whisper-max compile` tries again at once",
+            "%s; %s. The log is %s; `whisper-max compile` tries again at once",
             told,
+            "kernels without tiles stand in" if key.cpu_level == "amx" else "PyTorch does the work",
             log_path(key, folder),
         )
     return ArtifactState("failed", told)

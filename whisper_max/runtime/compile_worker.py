@@ -28,6 +28,7 @@ from .artifact_key import ArtifactKey
 from .artifacts import ENGINE_CACHE, failure, failure_path, find, store
 from .cache_folder import lock, open_cache, size_of, write_json
 from .fingerprint import fingerprint, kernels_digest
+from .storage import BUILDER
 
 ENGINE_CACHE_LIMIT = 1 << 30  # bytes
 KEPT_OF_LOG = 64 << 10  # bytes, the last ones
@@ -39,6 +40,10 @@ _BOOT = (
     "import json, sys; job = json.loads(sys.argv[2]); sys.path[:] = job['sys_path']; "
     "from whisper_max.runtime.compile_worker import main; sys.exit(main(sys.argv[1], job))"
 )
+
+
+class ArtifactRefused(Exception):
+    """A compiled artifact that must not be used, for the reason given."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ def main(role: str, content: dict) -> int:
 def compile_to_mef(key: ArtifactKey, path: Path) -> None:
     """Build the graphs of `key` and write what MAX compiles them to. Needs minutes and gigabytes.
 
-    Raises whatever the builder or MAX raise; MAX may also end the process.
+    Raises ArtifactRefused where the artifact computes something else than it should, and whatever
+    the builder or MAX raise; MAX may also end the process.
     """
     from max import driver, engine
 
@@ -93,6 +99,11 @@ def compile_to_mef(key: ArtifactKey, path: Path) -> None:
     build = _function(key.builder)
     graph = build(device=key.device, cpu_level=key.cpu_level, **dict(key.options))
     engine.InferenceSession(devices=[device]).compile(graph).export_mef(path)
+    if key.cpu_level == "amx" and key.builder == BUILDER:
+        from .tile_check import check_tiles
+
+        print("checking the tile kernels", flush=True)  # a crash there leaves no other trace
+        check_tiles(path, dict(key.options))
 
 
 def compile_in_this_process(job: CompileJob) -> int:
@@ -102,7 +113,12 @@ def compile_in_this_process(job: CompileJob) -> int:
     key = ArtifactKey.from_dict(job.key)
     if fingerprint() != job.fingerprint:
         raise RuntimeError("the sources or the engine changed since this compile was asked for")
-    _function(job.compiler)(key, _mef(_scratch(key, Path(job.cache_dir))))
+    scratch = _scratch(key, Path(job.cache_dir))
+    try:
+        _function(job.compiler)(key, _mef(scratch))
+    except ArtifactRefused as refused:
+        _refusal(scratch).write_text(str(refused))
+        raise
     _leave()
     return 0
 
@@ -147,6 +163,8 @@ def _compile_and_store(
     try:
         scratch.mkdir(mode=0o700)
         reason = _run(job.command("compile"), folder, scratch, job.limit_seconds)
+        if _refusal(scratch).exists():
+            return _refusal(scratch).read_text()
         if reason is not None:
             return reason
         if size_of(_mef(scratch)) == 0:
@@ -212,6 +230,11 @@ def _scratch(key: ArtifactKey, folder: Path) -> Path:
 
 def _mef(scratch: Path) -> Path:
     return scratch / "artifact.mef"
+
+
+def _refusal(scratch: Path) -> Path:
+    """Where the compiler says why its artifact must not be used."""
+    return scratch / "refusal.txt"
 
 
 def _function(dotted: str) -> Callable:

@@ -15,7 +15,7 @@ from ..settings import CPU_LEVELS
 from .limits import affinity, available_memory, threads
 
 AVX512_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})
-AMX_FLAGS = frozenset({"amx_tile", "amx_bf16"})
+AMX_FLAGS = frozenset({"amx_tile", "amx_bf16", "amx_int8"})
 CPUINFO = Path("/proc/cpuinfo")
 
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA): Linux hands out the 8 KiB of tile registers on

@@ -15,7 +15,7 @@ from ..settings import Settings
 from . import artifacts, compilation, hardware
 from .cache_folder import CacheRefused
 from .engine import Engine
-from .storage import Arithmetic, key_of
+from .storage import Arithmetic, keys_of
 
 logger = logging.getLogger("whisper_max")
 
@@ -57,22 +57,24 @@ def engine(arithmetic: Arithmetic, settings: Settings) -> Engine:
     Raises UnsupportedByMax with the reason while there is none.
     """
     refuse_after_fork()
-    key = key_of(arithmetic, settings.cpu_level)
-    found = _engines.get(key.digest)
+    keys = keys_of(arithmetic, settings.cpu_level)
+    wanted = keys[0].digest
+    found = _engines.get(wanted)
     if found is not None:
         return found
     try:
-        state = compilation.ensure(key, settings.cache_dir, settings.compile)
-        report.set_artifact(state.name)
+        key, state = compilation.ensure_first(keys, settings.cache_dir, settings.compile)
+        instead = f" in place of another: {state.reason}" if state.ready and state.reason else ""
+        report.set_artifact(f"{state.name}{instead}")
         if not state.ready:
             raise UnsupportedByMax(state.reason)
         with _guard:
-            if key.digest not in _engines:
+            if wanted not in _engines:
                 compiled = artifacts.read(key, settings.cache_dir)
                 if compiled is None:
                     raise UnsupportedByMax(f"the graphs of {key.label} could not be read")
-                _engines[key.digest] = Engine(compiled)
+                _engines[wanted] = Engine(compiled)
                 report.set_device(f"cpu ({key.cpu_level}, {hardware.cpu_model()})")
-            return _engines[key.digest]
+            return _engines[wanted]
     except CacheRefused as refused:
         raise UnsupportedByMax(str(refused)) from refused

@@ -8,19 +8,25 @@ from . import hardware
 from .artifact_key import ArtifactKey
 
 
+BUILDER = "whisper_max.graphs.build:build"
+
+
 class Arithmetic(NamedTuple):
-    """Names of dtypes.
+    """Names of dtypes, and whether products may be made in matrix tiles.
 
     weight : that the weights are held in
     cross : that the cross-attention keys and values are held in
     product : that the linear layers multiply many rows in, where the CPU has instructions for it
     attention : that the encoder's attention multiplies in, likewise
+    tiles : whether matrix tiles may multiply many rows, where the CPU has them: float32 is then
+        made of three products of bfloat16, which loses 2^-16
     """
 
     weight: str
     cross: str
     product: str
     attention: str
+    tiles: bool
 
 
 def arithmetic_of(precision: str, exact: bool) -> Arithmetic:
@@ -29,20 +35,34 @@ def arithmetic_of(precision: str, exact: bool) -> Arithmetic:
     exact : whether float16 holds every weight exactly, as those of the official models
     """
     if precision == "int8":
-        return Arithmetic("int8", "float16", "int8", "bfloat16")
+        return Arithmetic("int8", "float16", "int8", "bfloat16", True)
     if precision == "medium":
-        return Arithmetic("float16", "float16", "bfloat16", "bfloat16")
-    return Arithmetic("float16" if exact else "float32", "float32", "float32", "float32")
+        return Arithmetic("float16", "float16", "bfloat16", "bfloat16", True)
+    weight = "float16" if exact else "float32"
+    return Arithmetic(weight, "float32", "float32", "float32", precision == "high")
+
+
+def keys_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> tuple[ArtifactKey, ...]:
+    """The artifact for this arithmetic on this machine, and what to use where that one fails.
+
+    cpu_level : not to be exceeded, see `hardware.cpu_level`. An artifact of level "amx" needs the
+        tile registers, which Linux has then granted to this process.
+    """
+    level = hardware.cpu_level(cpu_level)
+    if level != "amx":
+        levels = (level,)
+    else:
+        levels = ("amx", "avx512") if arithmetic.tiles else ("avx512",)
+    return tuple(_key_at(level, arithmetic) for level in levels)
 
 
 def key_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> ArtifactKey:
-    """The artifact for this arithmetic on this machine: one for all model sizes.
+    """The artifact for this arithmetic on this machine: one for all model sizes."""
+    return keys_of(arithmetic, cpu_level)[0]
 
-    cpu_level : not to be exceeded, see `hardware.cpu_level`
-    """
-    # The kernels for AVX-512 serve CPUs with tiles too: there are none for tiles yet.
-    level = hardware.cpu_level("avx512" if cpu_level in (None, "amx") else cpu_level)
-    weight, cross, product, attention = arithmetic
+
+def _key_at(level: str, arithmetic: Arithmetic) -> ArtifactKey:
+    weight, cross, product, attention, _ = arithmetic
     options = {
         "weight": weight,
         "cross": cross,
@@ -51,7 +71,7 @@ def key_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> ArtifactKey:
     }
     return ArtifactKey(
         label=f"whisper-{weight}-{cross}-{level}",
-        builder="whisper_max.graphs.build:build",
+        builder=BUILDER,
         options=tuple(sorted(options.items())),
         device="cpu",
         cpu_level=level,
