@@ -85,6 +85,7 @@ def test_emulated(emulated, selection):
     chosen = [str(HERE / test) for test in SELECTIONS[selection]]
     done = emulated("-m", "pytest", "-p", "no:cacheprovider", *chosen)
     assert done.returncode == 0, done.stdout
+    assert "amx_emulator: executed" in done.stdout, done.stdout
 
 
 def test_wrong_sums_are_found_by_the_check(emulated):

@@ -125,20 +125,17 @@ def ensure_first(
     keys: Sequence[ArtifactKey],
     cache_dir: str | os.PathLike[str],
     policy: str,
-    *,
-    progress: bool = True,
-    force: bool = False,
-    compiler: str = MAX_COMPILER,
+    **options: bool | str,
 ) -> tuple[ArtifactKey, ArtifactState]:
     """`ensure` for the first of `keys` that has not failed; and which one that is.
+
+    options : of `ensure`
 
     Raises as `ensure` does.
     """
     reasons = []
     for key in keys:
-        found = ensure(
-            key, cache_dir, policy, progress=progress, force=force, compiler=compiler
-        )
+        found = ensure(key, cache_dir, policy, **options)
         if found.name != "failed":
             break
         reasons.append(found.reason)
