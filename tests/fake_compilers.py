@@ -37,6 +37,14 @@ def write_slowly(key, path):
     path.write_bytes(CONTENT)
 
 
+def _autogroup_niceness():
+    """Of this session against others; None where Linux has none."""
+    try:
+        return int(Path("/proc/self/autogroup").read_text().split()[-1])
+    except OSError:
+        return None
+
+
 def describe_process(key, path):
     count(key)
     descriptors = {}
@@ -48,6 +56,7 @@ def describe_process(key, path):
     description = {
         "descriptors": descriptors,
         "niceness": os.nice(0),
+        "autogroup": _autogroup_niceness(),
         "oom_score_adj": Path("/proc/self/oom_score_adj").read_text().strip(),
         "session": os.getsid(0),
         "supervisor_session": os.getsid(os.getppid()),

@@ -31,6 +31,7 @@ from .fingerprint import fingerprint, kernels_digest
 from .storage import BUILDER
 
 ENGINE_CACHE_LIMIT = 1 << 30  # bytes
+AUTOGROUP_NICENESS = 10  # a tenth of a busy CPU
 KEPT_OF_LOG = 64 << 10  # bytes, the last ones
 _PR_SET_PDEATHSIG = 1
 
@@ -110,6 +111,7 @@ def compile_in_this_process(job: CompileJob) -> int:
     """The compiler's side: write the MEF into the supervisor's scratch folder."""
     _die_with_parent()
     _be_first_to_go()
+    _step_back(job.niceness)
     key = ArtifactKey.from_dict(job.key)
     if fingerprint() != job.fingerprint:
         raise RuntimeError("the sources or the engine changed since this compile was asked for")
@@ -125,7 +127,7 @@ def compile_in_this_process(job: CompileJob) -> int:
 
 def supervise(job: CompileJob) -> int:
     """The supervisor's side: one compile under the lock, unless it has been done meanwhile."""
-    os.nice(max(0, job.niceness - os.nice(0)))
+    _step_back(job.niceness)
     key = ArtifactKey.from_dict(job.key)
     folder = open_cache(job.cache_dir, create=True)
     with lock(folder / f"{key.stem}.lock"):
@@ -257,6 +259,18 @@ def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _step_back(niceness: int) -> None:
+    """Leave the CPU to the user's program, if `niceness` is positive.
+
+    Linux weighs sessions against each other (autogroups), and niceness only within one: ours would
+    take half of the CPU, and slow PyTorch down many times over, whose threads wait for each other.
+    With a tenth a compile still ends in minutes; at niceness 19 it takes longer than most programs.
+    """
+    os.nice(max(0, niceness - os.nice(0)))
+    with suppress(OSError):  # not Linux, or built without
+        Path("/proc/self/autogroup").write_text(str(min(os.nice(0), AUTOGROUP_NICENESS)))
 
 
 def _be_first_to_go() -> None:
