@@ -13,7 +13,7 @@ BEGIN = "<!-- matrix: written by `make matrix` from compat/results; edits are lo
 END = "<!-- /matrix -->"
 NONE = "–"
 CALLS = (
-    "A test of parity in which a call goes to PyTorch fails, unless it is marked as being about it: "
+    "A test of parity in which a call goes to PyTorch fails, unless it is marked as one about it: "
     "such tests made the calls on PyTorch counted here."
 )
 SHOWN = ("python", "openai-whisper", "torch", "max")
