@@ -32,17 +32,21 @@ pytestmark = [
 # No shapes that take long: an emulated instruction takes microseconds.
 SELECTIONS = {
     "kernels": ["test_kernels.py"],
+    "transcription": [
+        "test_transcription.py::test_recording[en02-greedy]",
+        "test_transcription.py::test_recording[en03-word timestamps]",
+    ],
+}
+LONG_SELECTIONS = {
     "encoder": [
         "test_parity_encoder.py::test_any_shape",
         "test_parity_encoder.py::test_official_widths[512]",
         "test_parity_encoder.py::test_whole_window_of_the_checkpoint[1.0]",
     ],
     "logits": ["test_parity_decoder.py"],
-    "transcription": [
-        "test_transcription.py::test_recording[en02-greedy]",
+    "further transcription": [
         "test_transcription.py::test_recording[de01-greedy]",
         "test_transcription.py::test_recording[en_long01-greedy]",
-        "test_transcription.py::test_recording[en03-word timestamps]",
     ],
     "reduced precision": ["test_reduced_precision.py::test_encoder"],
 }
@@ -82,7 +86,18 @@ def emulated(tmp_path_factory):
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_emulated(emulated, selection):
-    chosen = [str(HERE / test) for test in SELECTIONS[selection]]
+    check_emulated(emulated, SELECTIONS[selection])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("selection", LONG_SELECTIONS)
+def test_more_emulated(emulated, selection):
+    check_emulated(emulated, LONG_SELECTIONS[selection])
+
+
+def check_emulated(emulated, tests):
+    """Run tests of this folder on tiles; fail unless they pass, and used tiles."""
+    chosen = [str(HERE / test) for test in tests]
     done = emulated("-m", "pytest", "-p", "no:cacheprovider", *chosen)
     assert done.returncode == 0, done.stdout
     assert "amx_emulator: executed" in done.stdout, done.stdout
