@@ -11,12 +11,14 @@ from pathlib import Path
 from . import models, peers, places, scenarios
 
 DEFAULT_MODELS = ("tiny", "base")
-NOT_YET = REFUSED = 2  # exit codes
+FAILED, NOT_YET, REFUSED = 1, 2, 2  # exit codes
 
-NO_GPU_GRAPHS = (
-    "There are no graphs for GPUs yet: whisper_max runs models on the CPU, and leaves models on a "
-    "GPU to PyTorch. So there is nothing to {}."
+NO_GPU_SESSION = (
+    "There is nothing to measure on a GPU yet: the graphs for it are compiled and checked "
+    "(gpu-compile), but models on a GPU run on PyTorch. See docs/gpu.md."
 )
+GPU_ARCHITECTURES = ("sm_80", "sm_90a")
+GPU_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,10 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     if options.command == "gpu-compile":
-        print(NO_GPU_GRAPHS.format("compile for one"), file=sys.stderr)
-        return NOT_YET
+        return _gpu_compile(options)
     if options.command == "gpu":
-        print(NO_GPU_GRAPHS.format("measure on one"), file=sys.stderr)
+        print(NO_GPU_SESSION, file=sys.stderr)
         return NOT_YET
     if options.command == "report":
         return _report(places.PUBLISHED)
@@ -75,6 +76,15 @@ def _measure(options: argparse.Namespace) -> int:
     return _report(destination)
 
 
+def _gpu_compile(options: argparse.Namespace) -> int:
+    from . import gpu_compile
+
+    failures = gpu_compile.run(
+        options.models or ("tiny",), options.architectures, options.dtypes, _say
+    )
+    return FAILED if failures else 0
+
+
 def _report(destination: places.Destination) -> int:
     from .report import write
 
@@ -99,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=("measure", "report", "gpu-compile", "gpu"),
         default="measure",
-        help="report: make tables and plots from the results that are there",
+        help="report: make tables and plots from the results that are there; gpu-compile: compile "
+        "the graphs for GPUs that need not be there",
     )
     parser.add_argument(
         "--scenarios",
@@ -129,6 +140,20 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="publish some scenarios: put them into the results that are there, which must be of "
         "the same machine and versions",
+    )
+    parser.add_argument(
+        "--architectures",
+        type=_names_of(GPU_ARCHITECTURES),
+        default=GPU_ARCHITECTURES,
+        metavar="A,B",
+        help=f"for gpu-compile, of {', '.join(GPU_ARCHITECTURES)}",
+    )
+    parser.add_argument(
+        "--dtypes",
+        type=_names_of(GPU_DTYPES),
+        default=GPU_DTYPES[:1],
+        metavar="A,B",
+        help=f"for gpu-compile, of {', '.join(GPU_DTYPES)} (default: {GPU_DTYPES[0]})",
     )
     parser.add_argument("--quick", action="store_true", help="see that it works, measure nothing")
     parser.add_argument(

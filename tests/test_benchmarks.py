@@ -61,10 +61,9 @@ def test_a_changed_result_changes_page_and_readme(tmp_path):
     assert second == (destination.document.read_text(), destination.readme.read_text())
 
 
-@pytest.mark.parametrize("name", ["gpu", "gpu-compile"])
-def test_without_graphs_for_gpus_their_commands_say_so(name, capsys):
-    assert command.main([name]) == command.NOT_YET == 2
-    assert "no graphs for GPUs yet" in capsys.readouterr().err
+def test_what_cannot_be_measured_on_a_gpu_yet_is_said(capsys):
+    assert command.main(["gpu"]) == command.NOT_YET == 2
+    assert "models on a GPU run on PyTorch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -73,6 +72,8 @@ def test_without_graphs_for_gpus_their_commands_say_so(name, capsys):
         ("--scenarios", "encoder,sleep", "first_run"),
         ("--models", "huge", "large-v2"),
         ("--peers", "whisper.cpp", "faster-whisper-int8"),
+        ("--architectures", "sm_60", "sm_90a"),
+        ("--dtypes", "float16,int4", "bfloat16"),
     ],
 )
 def test_an_unknown_name_is_refused_with_those_that_there_are(option, value, known, capsys):

@@ -19,9 +19,15 @@ from .speed import groups, models_of, peers_of, speed_ups, title_of  # noqa: E40
 
 FORMATS = ("png", "svg")
 # The same results give the same files.
-STYLE = {"svg.hashsalt": "benchmarks", "font.size": 9, "axes.spines.top": False}
+STYLE = {
+    "svg.hashsalt": "benchmarks",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
 OURS = ("#0b3d91", "#2f6fde", "#8ab4f8")
-OTHERS = ("#8c2d04", "#d94801", "#f16913", "#fdae6b", "#525252", "#969696", "#c7c7c7", "#74c476")
+OTHERS = ("#333333", "#7a0177", "#c51b8a", "#d94801", "#fd8d3c", "#238b45", "#74c476", "#969696")
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -70,7 +76,7 @@ def speed_up_figure(results: Results) -> Figure:
     panels[-1, 0].set_xlabel("times faster than unpatched openai-whisper")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     labels = [PEER[name].label for name in colors]
-    figure.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -91,7 +97,7 @@ def roofline_figure(results: Results) -> Figure:
     axes.set_xlabel("achieved, as a part of large matrix products or of reading memory")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     labels = [PEER[name].label for name in colors]
-    figure.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -131,6 +137,7 @@ def _places(colors: dict[str, str]) -> Iterator[tuple[float, str]]:
 
 
 def _colors(peers: list[str]) -> dict[str, str]:
-    """Shades of blue for whisper_max, other colors for others."""
+    """Shades of blue for whisper_max, other colors for others; the same in every plot."""
     ours, others = iter(OURS), iter(OTHERS)
-    return {name: next(ours if PEER[name].ours else others) for name in peers}
+    colors = {name: next(ours if peer.ours else others) for name, peer in PEER.items()}
+    return {name: colors[name] for name in peers}

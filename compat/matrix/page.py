@@ -12,6 +12,10 @@ from .results import Environment, Script, Suite, load_all
 BEGIN = "<!-- matrix: written by `make matrix` from compat/results; edits are lost -->"
 END = "<!-- /matrix -->"
 NONE = "–"
+CALLS = (
+    "A test of parity in which a call goes to PyTorch fails, unless it is marked as one about it: "
+    "such tests made the calls on PyTorch counted here."
+)
 SHOWN = ("python", "openai-whisper", "torch", "max")
 
 
@@ -39,7 +43,7 @@ def block(results: dict[str, Environment]) -> str:
     absent = [one for one in results.values() if one.absent]
     scripts = [(one, script) for one in run for suite in one.suites for script in suite.scripts]
     figures = [(one, suite) for one in run for suite in one.suites if suite.figures]
-    lines = ["### What was run", "", *_environments(run)]
+    lines = ["### What was run", "", CALLS, "", *_environments(run)]
     if absent:
         lines += ["### What could not be run", "", *_table(["environment", "why"], _absent(absent))]
     if scripts:
@@ -84,7 +88,7 @@ def _path(one: Environment, suite: Suite) -> str:
     told = [f"MAX ({', '.join(one.patched)})"]
     told += [f"{target} on PyTorch: {_cell('; '.join(why))}" for target, why in one.refused.items()]
     if any(counted.values()):
-        told.append(f"{counted['max']:,} calls on MAX, {counted['torch']:,} on PyTorch as meant")
+        told.append(f"{counted['max']:,} calls on MAX, {counted['torch']:,} on PyTorch")
     return "; ".join(told)
 
 

@@ -1,0 +1,108 @@
+"""The layers of Whisper in MAX operations: mirrors the modules in openai-whisper's model.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from max.dtype import DType
+from max.graph import TensorValue, ops
+
+from ..specification import HEAD_DIM
+
+NORM_EPSILON = 1e-5  # of torch.nn.LayerNorm
+HIDDEN = -1.0e30
+"""Added to the scores of keys that a query does not see.
+
+Upstream has minus infinity. Chosen by a select before softmax, that gave NaN with MAX 26.7 on a
+CPU, even where no key was hidden. This is far below any score and far from overflowing.
+"""
+
+
+class Layers:
+    """The weights of a graph, applied under upstream's names.
+
+    weights : by the names in the model's state_dict
+    """
+
+    def __init__(self, weights: Mapping[str, TensorValue]) -> None:
+        self.weights = weights
+
+    def layer_norm(self, x: TensorValue, name: str) -> TensorValue:
+        """In float32, as upstream's, whatever x is."""
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return ops.layer_norm(x.cast(DType.float32), weight, bias, NORM_EPSILON).cast(x.dtype)
+
+    def linear(self, x: TensorValue, name: str) -> TensorValue:
+        """x, shape = (..., in) -> (..., out)."""
+        return self.project(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def project(
+        self, x: TensorValue, weight: TensorValue, bias: TensorValue | None = None
+    ) -> TensorValue:
+        """x @ weight.T + bias; weight, shape = (out, in)."""
+        # One product of two matrices: of more dimensions it would be a batch of small ones.
+        y = x.reshape((-1, x.shape[-1])) @ weight.T
+        if bias is not None:
+            y = y + bias
+        return y.reshape((*x.shape[:-1], weight.shape[0]))
+
+    def conv1d(self, x: TensorValue, name: str, stride: int) -> TensorValue:
+        """Kernel 3, padding 1: x, shape = (batch, frames, in) -> (batch, frames / stride, out).
+
+        Unlike upstream's, channels come last; and it is one product with the three neighbours of
+        each frame side by side.
+        """
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        batch, frames, channels = x.shape
+        zero = ops.constant(0, x.dtype, device=x.device)
+        edge = ops.broadcast_to(zero, (batch, 1, channels))
+        if stride == 1:
+            taps = [ops.concat([edge, x[:, :-1]], axis=1), x, ops.concat([x[:, 1:], edge], axis=1)]
+        else:
+            # Frames 2i and 2i + 1 in one row; before them comes the odd one of the row above.
+            pairs = x.reshape((batch, frames // 2, 2 * channels))
+            odd = pairs[:, :, int(channels) :]
+            taps = [ops.concat([edge, odd[:, :-1]], axis=1), pairs]
+        neighbours = ops.concat(taps, axis=2)  # (batch, frames / stride, 3 * in)
+        matrix = weight.permute([0, 2, 1]).reshape((weight.shape[0], -1))  # (out, 3 * in)
+        return self.project(neighbours, matrix, bias)
+
+    def mlp(self, x: TensorValue, name: str) -> TensorValue:
+        """Two linear layers, four times as wide between them."""
+        return self.linear(gelu(self.linear(x, f"{name}.0")), f"{name}.2")
+
+
+def gelu(x: TensorValue) -> TensorValue:
+    """The exact one, computed in float32 as PyTorch does."""
+    return ops.gelu(x.cast(DType.float32)).cast(x.dtype)
+
+
+def split_heads(x: TensorValue) -> TensorValue:
+    """x, shape = (batch, length, n_state) -> (batch, heads, length, 64)."""
+    batch, length, n_state = x.shape
+    return x.reshape((batch, length, int(n_state) // HEAD_DIM, HEAD_DIM)).permute([0, 2, 1, 3])
+
+
+def merge_heads(x: TensorValue) -> TensorValue:
+    """x, shape = (batch, heads, length, 64) -> (batch, length, n_state)."""
+    batch, heads, length, _ = x.shape
+    return x.permute([0, 2, 1, 3]).reshape((batch, length, int(heads) * HEAD_DIM))
+
+
+def qkv_attention(
+    q: TensorValue, k: TensorValue, v: TensorValue, mask: TensorValue | None = None
+) -> tuple[TensorValue, TensorValue]:
+    """Attention by a matrix of scores, softmax in float32: upstream's with `use_sdpa` off.
+
+    q, shape = (batch, heads, queries, 64)
+    k and v, shape = (batch, heads, keys, 64)
+    mask, shape = (queries, keys), float32
+        0 where a query sees a key, HIDDEN elsewhere; every query must see one
+
+    Returns the values, shape as q, and the raw scores in float32, (batch, heads, queries, keys).
+    """
+    # Both sides are scaled before the product: in half precision the scores might overflow.
+    scale = ops.constant(HEAD_DIM**-0.25, q.dtype, device=q.device)
+    scores = ((q * scale) @ (k * scale).permute([0, 1, 3, 2])).cast(DType.float32)
+    masked = scores if mask is None else scores + mask
+    return ops.softmax(masked).cast(q.dtype) @ v, scores
