@@ -22,7 +22,7 @@ from .inputs import FIRST_RUN, Inputs
 from .models import Model
 from .worker import use_cpus
 
-LONGEST_SECONDS = 300.0  # by then the graphs are compiled, or never will be
+LONGEST_SECONDS = 600.0  # by then the graphs are compiled, or never will be
 
 
 def main(

@@ -57,6 +57,7 @@ def describe_process(key, path):
         "descriptors": descriptors,
         "niceness": os.nice(0),
         "autogroup": _autogroup_niceness(),
+        "scheduler": os.sched_getscheduler(0),
         "oom_score_adj": Path("/proc/self/oom_score_adj").read_text().strip(),
         "session": os.getsid(0),
         "supervisor_session": os.getsid(os.getppid()),

@@ -137,7 +137,8 @@ def test_the_compiling_process_is_on_its_own(compiling, monkeypatch, tmp_path):
     assert str(tmp_path / "ours") not in process["descriptors"].values()
     assert process["descriptors"]["1"].startswith(f"{cache}/{KEY.stem}.log")
     assert process["niceness"] == 19
-    assert process["autogroup"] in (10, None)
+    assert process["autogroup"] in (13, None)
+    assert process["scheduler"] == os.SCHED_IDLE
     assert process["oom_score_adj"] == "1000"
     # Neither dies with this process's terminal, nor the supervisor with the compiler's group.
     assert len({os.getsid(0), process["session"], process["supervisor_session"]}) == 3

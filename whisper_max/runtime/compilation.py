@@ -23,8 +23,8 @@ from .limits import available_memory
 
 logger = logging.getLogger("whisper_max")
 
-LIMIT_SECONDS = 60 * 60.0  # in the background, on a busy machine, a compile gets a tenth of a CPU
-EXPECTED_SECONDS = 90.0  # what the progress bar goes by before the first compile
+LIMIT_SECONDS = 60 * 60.0  # in the background, on a busy machine, a compile gets little of the CPU
+EXPECTED_SECONDS = 40.0  # what the progress bar goes by before the first compile
 NEEDED_MEMORY = 3 << 30  # bytes
 NEEDED_DISK = 256 << 20  # bytes
 MAX_COMPILER = "whisper_max.runtime.compile_worker:compile_to_mef"
