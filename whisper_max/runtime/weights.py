@@ -13,7 +13,9 @@ import torch
 from max.driver import Buffer
 from torch import Tensor
 
+from .. import on_one_thread
 from ..graphs.specification import CROSS_KV, DECODER, ENCODER, PANEL, Parameter
+from . import memory
 from .tensors import to_buffer
 
 State = Mapping[str, Tensor]
@@ -80,14 +82,14 @@ def may_overflow(reach: tuple[float, float], features: Tensor) -> bool:
     below a hundredth of the limit, so that no more exact answer is needed.
     """
     longest, bias = reach
-    return longest * features.norm(dim=-1).max().item() + bias > 0.98 * FLOAT16_MAX
+    return longest * on_one_thread.longest_row(features) + bias > 0.98 * FLOAT16_MAX
 
 
 def panels(weight: Tensor, storage: torch.dtype | None = None) -> Tensor:
     """(out, in) -> (panels, in, 32) of dtype `storage`, the last panel filled up with zeros."""
     out, length = weight.shape
     whole, rest = divmod(out, PANEL)
-    packed = weight.new_empty((whole + (rest > 0), length, PANEL), dtype=storage)
+    packed = memory.empty((whole + (rest > 0), length, PANEL), storage or weight.dtype)
     packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, length).transpose(1, 2)
     if rest:
         packed[whole, :, :rest] = weight[whole * PANEL :].T
@@ -113,7 +115,7 @@ def _pack(parameter: Parameter, state: State, storage: torch.dtype) -> list[Buff
     for i in range(blocks):
         parts = _parts(parameter.kind, f"{stem}.blocks.{i}.{name}", state, storage)
         if not stacked:
-            stacked = [part.new_empty((blocks, *part.shape)) for part in parts]
+            stacked = [memory.empty((blocks, *part.shape), part.dtype) for part in parts]
         for whole, part in zip(stacked, parts):
             whole[i] = part
     return [to_buffer(whole) for whole in stacked]
