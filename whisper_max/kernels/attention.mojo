@@ -11,7 +11,7 @@ from std.math import align_up, ceildiv, exp
 from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 
-from .gemm import F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
+from .gemm import AHEAD, F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
 from .products import (
     BF16, PAIRS_STEP, WORDS, Words, accumulate_pairs, store_bfloat16, store_pairs, words_of
 )
@@ -47,17 +47,19 @@ def pack_keys[
     comptime if tiles or type == BF16:
         pack_key_pairs[parts_of[type, tiles]()](source, row_stride, frames, words_of(to))
         return
-    for panel in range(ceildiv(frames, PANEL)):
-        for d in range(HEAD_DIM):
-            var line = to.unsafe_offset((panel * HEAD_DIM + d) * PANEL)
-            var at = panel * PANEL
-            var valid = min(PANEL, frames - at)
-            for lane in range(valid):
-                line.unsafe_offset(lane).unsafe_store(
-                    source.unsafe_offset((at + lane) * row_stride + d).unsafe_load().cast[type]()
+    for frame in range(padded(frames)):
+        # Lines of the panel, not frames, are jumped between: those at a distance of a power of two
+        # would push each other out of the cache.
+        var lane = to.unsafe_offset((frame // PANEL) * HEAD_DIM * PANEL + frame % PANEL)
+        if frame < frames:
+            var key = source.unsafe_offset(frame * row_stride)
+            for d in range(HEAD_DIM):
+                lane.unsafe_offset(d * PANEL).unsafe_store(
+                    key.unsafe_offset(d).unsafe_load().cast[type]()
                 )
-            for lane in range(valid, PANEL):
-                line.unsafe_offset(lane).unsafe_store(Scalar[type](0))
+        else:
+            for d in range(HEAD_DIM):
+                lane.unsafe_offset(d * PANEL).unsafe_store(Scalar[type](0))
 
 
 def pack_key_pairs[
@@ -254,6 +256,11 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                     (row + r) * self.output_stride + half * PANEL
                 ).unsafe_store(mixed / totals.unsafe_offset(r).unsafe_load())
 
+    @staticmethod
+    def ahead[rows: Int]() -> Int:
+        """Beams read keys and values from memory; the encoder's tiles find them in cache."""
+        return AHEAD if 1 < rows and rows < tile_rows[Self.width]() else 0
+
     @always_inline
     def score[rows: Int](self, scores: Floats, stride: Int, row: Int):
         """The scaled products of the queries with all keys."""
@@ -261,7 +268,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             comptime for part in range(PANEL // (2 * Self.width)):
                 var offset = part * 2 * Self.width
                 var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
-                accumulate[rows, Self.width](
+                accumulate[rows, Self.width, Self.ahead[rows]()](
                     sums,
                     self.query.unsafe_offset(row * self.query_stride),
                     self.query_stride,
@@ -303,7 +310,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         comptime for part in range(HEAD_DIM // (2 * Self.width)):
             comptime column = part * 2 * Self.width
             var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
-            accumulate[rows, Self.width](
+            accumulate[rows, Self.width, Self.ahead[rows]()](
                 sums,
                 scores,
                 stride,

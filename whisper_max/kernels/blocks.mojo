@@ -17,7 +17,7 @@ from .attention import (
 )
 from .gemm import F32, Floats, Packed, copy, raw
 from .phases import Phases, team_size
-from .projection import Norm, Projection
+from .projection import Norm, Projection, project
 
 comptime QUERY_ROWS = 192
 """Queries of one head that one worker attends with at a time."""
@@ -71,20 +71,6 @@ def linear[
         scale.dim_size(1) == columns,
         gelu,
     )
-
-
-@always_inline
-def project[
-    type: DType, width: Int, product: DType, tiles: Bool, //
-](mut phases: Phases, team: Int, projection: Projection[type, width, product, tiles]):
-    """One phase: a linear layer."""
-    var chunks = projection.chunks(team)
-
-    @always_inline
-    def part(chunk: Int) {var projection, var chunks, imm}:
-        projection.run(chunk, chunks)
-
-    phases.run(chunks, part)
 
 
 @extensibility.register("whisper_encoder_blocks")

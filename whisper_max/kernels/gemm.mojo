@@ -5,8 +5,16 @@ cache line in float16. A tile is `rows x 2 * width` accumulators that stay in ve
 while `length` is walked once.
 """
 
+from std.sys import size_of
+from std.sys.intrinsics import PrefetchOptions, prefetch
+
 comptime PANEL = 32
 """Columns in one packed panel."""
+comptime CACHE_LINE = 64
+"""Bytes."""
+comptime AHEAD = 32
+"""Lines of a panel: how far ahead memory is asked for, where a few rows are multiplied with it. One
+row needs so little time for a line that the processor reads as far ahead by itself."""
 
 comptime F32 = DType.float32
 comptime Floats = Pointer[Float32, MutUntrackedOrigin]
@@ -36,8 +44,15 @@ def tile_rows[width: Int]() -> Int:
 
 
 @always_inline
+def fetch[type: DType, //, count: Int](at: Packed[type]):
+    """Asks for `count` numbers that will be read soon; what stands there need not be ours."""
+    comptime for i in range(0, count, CACHE_LINE // size_of[Scalar[type]]()):
+        prefetch[PrefetchOptions().for_read().high_locality().to_data_cache()](at.unsafe_offset(i))
+
+
+@always_inline
 def accumulate[
-    type: DType, //, rows: Int, width: Int
+    type: DType, //, rows: Int, width: Int, ahead: Int = 0
 ](
     mut sums: Array[SIMD[F32, width], 2 * rows],
     a: Floats,
@@ -48,10 +63,12 @@ def accumulate[
     """Adds `a[rows, length] @ panel[length, 2 * width]` to the sums.
 
     Row `r` of `a` starts at `r * row_stride`. `panel` points at a panel or, where two vectors
-    are narrower than a panel, at a part of one.
+    are narrower than a panel, at a part of one. It is asked for `ahead` lines before it is read.
     """
     for k in range(length):
         var line = panel.unsafe_offset(k * PANEL)
+        comptime if ahead > 0:
+            fetch[2 * width](line.unsafe_offset(ahead * PANEL))
         var left = line.unsafe_load[width=width]().cast[F32]()
         var right = line.unsafe_offset(width).unsafe_load[width=width]().cast[F32]()
         comptime for r in range(rows):

@@ -8,7 +8,8 @@ from std.math import align_up, ceildiv, sqrt
 from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 
-from .gemm import F32, PANEL, Floats, Packed, accumulate, copy, raw, tile_rows
+from .gemm import AHEAD, F32, PANEL, Floats, Packed, accumulate, copy, raw, tile_rows
+from .phases import Phases
 from .products import WORDS, Block
 
 comptime EPSILON: Float32 = 1e-5
@@ -115,6 +116,18 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     var scaled: Bool
     var gelu: Bool
 
+    def normalized(self, to: Floats) -> Self:
+        """The same layer with its norm applied beforehand, into `to`, [rows, length]."""
+        var result = self
+        result.x = to
+        result.norm.length = 0
+        for row in range(self.rows):
+            var at = row * self.length
+            self.norm.copy[Self.width](
+                self.x.unsafe_offset(at), self.length, 0, self.length, to.unsafe_offset(at)
+            )
+        return result
+
     @always_inline
     def panels(self) -> Int:
         return ceildiv(self.columns, PANEL)
@@ -147,23 +160,18 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
 
     def stream(self, first_panel: Int, last_panel: Int):
         """All (few) rows times a run of panels, each panel read from memory once."""
-        var a = self.x
         if self.norm.length > 0:
-            a = unsafe_alloc[Float32](self.rows * self.length)
-            for row in range(self.rows):
-                var at = row * self.length
-                self.norm.copy[Self.width](
-                    self.x.unsafe_offset(at), self.length, 0, self.length, a.unsafe_offset(at)
-                )
+            var normalized = unsafe_alloc[Float32](self.rows * self.length)
+            self.normalized(normalized).stream(first_panel, last_panel)
+            normalized.unsafe_free()
+            return
         for panel in range(first_panel, last_panel):
             var row = 0
             comptime for tile in range(4):
                 comptime rows = (tile_rows[Self.width](), 5, 2, 1)[tile]
                 while row + rows <= self.rows:
-                    self.stream_tile[rows](a.unsafe_offset(row * self.length), row, panel)
+                    self.stream_tile[rows](self.x.unsafe_offset(row * self.length), row, panel)
                     row += rows
-        if self.norm.length > 0:
-            a.unsafe_free()
 
     @always_inline
     def stream_tile[rows: Int](self, a: Floats, row: Int, panel: Int):
@@ -171,7 +179,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         var sums = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
         comptime for part in range(PANEL // (2 * Self.width)):
             var vectors = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
-            accumulate[rows, Self.width](
+            accumulate[rows, Self.width, AHEAD if rows > 1 else 0](
                 vectors,
                 a,
                 self.length,
@@ -259,3 +267,17 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         return self.residual.unsafe_offset(
             (row % self.residual_rows) * self.columns + column
         ).unsafe_load[width=w]()
+
+
+@always_inline
+def project[
+    type: DType, width: Int, product: DType, tiles: Bool, //
+](mut phases: Phases, team: Int, projection: Projection[type, width, product, tiles]):
+    """One phase: a linear layer."""
+    var chunks = projection.chunks(team)
+
+    @always_inline
+    def part(chunk: Int) {var projection, var chunks, imm}:
+        projection.run(chunk, chunks)
+
+    phases.run(chunks, part)

@@ -4,10 +4,11 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
+from std.memory.alloc import unsafe_alloc
 
 from .gemm import F32, PANEL, copy, raw
-from .phases import team_size
-from .projection import Norm, Projection
+from .phases import Phases, team_size
+from .projection import FEW_ROWS, Norm, Projection, project
 
 comptime FRAME_BLOCK = 256
 """Frames that one worker takes patches of."""
@@ -57,12 +58,20 @@ struct Linear:
             scale.dim_size(0) == columns,
             gelu == 1,
         )
-        var chunks = projection.chunks(team_size(threads))
+        var team = team_size(threads)
+        var phases = Phases(1)
+        var rows = projection.rows if projection.rows <= FEW_ROWS else 0
+        var normalized = unsafe_alloc[Float32](rows * length)
+        if rows > 0 and projection.norm.length > 0:
+            projection = projection.normalized(normalized)  # once, not in each of many small parts
 
-        def part(chunk: Int) {var projection, var chunks, imm}:
-            projection.run(chunk, chunks)
+        def worker(index: Int) {var phases, var team, var projection, imm}:
+            var phase = phases
+            project(phase, team, projection)
 
-        sync_parallelize(part, chunks)
+        sync_parallelize(worker, team)
+        normalized.unsafe_free()
+        phases.free()
 
 
 @extensibility.register("whisper_conv_patches")
