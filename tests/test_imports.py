@@ -36,6 +36,7 @@ LEAVES = {
     "conditions",
     "dimensions_of",
     "dispatch",
+    "on_one_thread",
     "pickling",
     "report",
     "settings",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from whisper.model import AudioEncoder
 
-from . import activation, settings
+from . import activation, on_one_thread, settings
 from .activation import originals
 from .changed_parts import encoder_changes
 from .class_swap import SwappedModule
@@ -60,4 +60,4 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
             features = ready.engine.encode(ready.packed[0], mel)
             if len(mel) == 1:  # upstream encodes single windows again; batches are large
                 state.features.keep(ready, mel, features)
-        return features.clone()  # the caller's own, to change as it likes
+        return on_one_thread.copy(features)  # the caller's own, to change as it likes

@@ -48,21 +48,25 @@ def mel_reasons(mel: torch.Tensor, n_mels: int, frames: int) -> list[str]:
     Shape (batch, n_mels, frames) is what upstream's forward accepts; anything else goes there, for
     upstream's own error.
     """
+    from . import on_one_thread
+
     if mel.ndim != 3 or tuple(mel.shape[1:]) != (n_mels, frames) or mel.shape[0] == 0:
         return [f"mel has shape {tuple(mel.shape)}, expected (batch, {n_mels}, {frames})"]
-    if not bool(mel.isfinite().all()):
+    if not on_one_thread.all_finite(mel):
         return ["mel holds values that are not finite"]
     return []
 
 
 def features_reasons(features: torch.Tensor, n_audio_state: int) -> list[str]:
     """Reasons against decoding these audio features, shape = (windows, n_audio_ctx, n_state)."""
+    from . import on_one_thread
+
     if features.ndim != 3 or features.shape[2] != n_audio_state or 0 in features.shape:
         return [
             f"audio features have shape {tuple(features.shape)}, "
             f"expected (batch, n_audio_ctx, {n_audio_state})"
         ]
-    if not bool(features.isfinite().all()):
+    if not on_one_thread.all_finite(features):
         return ["audio features hold values that are not finite"]
     return []
 

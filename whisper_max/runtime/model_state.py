@@ -16,6 +16,7 @@ from max.driver import Buffer
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .. import on_one_thread
 from ..conditions import float16_reasons, parameter_reasons, value_reasons
 from ..dispatch import refuse
 from ..settings import Settings
@@ -53,13 +54,13 @@ class Memo(Generic[Kept]):
     def find(self, ready: Ready, source: Tensor) -> Kept | None:
         """The result for these weights and this input."""
         last = self._last
-        if last is not None and last[0] is ready and torch.equal(last[1], source):
+        if last is not None and last[0] is ready and on_one_thread.equal(last[1], source):
             return last[2]
         return None
 
     def keep(self, ready: Ready, source: Tensor, result: Kept) -> None:
         """Remembers one result in place of the last."""
-        self._last = (ready, source.clone(), result)
+        self._last = (ready, on_one_thread.copy(source), result)
 
     def drop(self) -> None:
         """Forgets, before a large result is made anew."""
