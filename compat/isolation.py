@@ -14,7 +14,7 @@ from whisper_max import activation, live_models, patching, report, settings
 
 @pytest.fixture(autouse=True)
 def unpatched():
-    """Nothing patched or accelerated, settings of the environment, counters at zero, as at first."""
+    """Nothing patched or accelerated, settings of the environment, counters at zero."""
     report.reset()
     yield
     with warnings.catch_warnings():

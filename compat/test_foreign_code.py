@@ -17,6 +17,7 @@ from harness import load_checkpoint, on_max, on_pytorch, with_fallback
 from recordings import assert_same_result, samples
 from strategies import Recipe, numbers, small, token_rows
 
+
 @pytest.fixture
 def model():
     """A small model in upstream's classes, of the test's own."""

@@ -136,7 +136,9 @@ def test_any_order_of_calls_and_edits(strict, data):
         close(result, on_pytorch(model).encoder(mel))
 
 
-def test_one_window_is_encoded_once_for_all_that_transcribe_does(plain, checkpoint, strict, executed):
+def test_one_window_is_encoded_once_for_all_that_transcribe_does(
+    plain, checkpoint, strict, executed
+):
     """Detection of the language, every temperature, and word timestamps."""
     options = {"fp16": False, "word_timestamps": True, "logprob_threshold": 0.0}
     torch.manual_seed(1)

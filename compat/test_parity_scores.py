@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import whisper
@@ -26,7 +28,9 @@ def upstreams_scores(decoder: TextDecoder, tokens: Tensor, features: Tensor) -> 
     """As find_alignment gets them; shape = (layers, rows, heads, tokens, frames)."""
     seen: list[Tensor] = []
     for block in decoder.blocks:
-        block.cross_attn.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
+        block.cross_attn.register_forward_hook(
+            lambda module, inputs, output: seen.append(output[1])
+        )
     with torch.no_grad(), getattr(whisper.model, "disable_sdpa", torch.no_grad)():
         decoder(tokens, features)
     return torch.stack(seen)
@@ -53,7 +57,7 @@ def test_scores_of_any_heads(strict, recipe, rows, seed, data):
     model = recipe.build()
     features = numbers((1, dims.n_audio_ctx, dims.n_audio_state), seed)
     tokens = token_rows((rows, data.draw(st.integers(1, dims.n_text_ctx))), dims.n_vocab, seed)
-    every = [(layer, head) for layer in range(dims.n_text_layer) for head in range(dims.n_text_head)]
+    every = list(itertools.product(range(dims.n_text_layer), range(dims.n_text_head)))
     heads = data.draw(st.lists(st.sampled_from(every), unique=True, min_size=1))
     slots = [[-1] * dims.n_text_head for _ in range(dims.n_text_layer)]
     for slot, (layer, head) in enumerate(heads):

@@ -1,4 +1,4 @@
-"""`medium` and `int8`: numbers within what they promise, and no more misheard words than PyTorch."""
+"""`medium` and `int8`: numbers within what they promise, and no more words misheard."""
 
 from __future__ import annotations
 

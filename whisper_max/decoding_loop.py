@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 Decoded = tuple[Tensor, Tensor, list[float]]
 
-upstream_main_loop = originals.get("whisper.decoding.DecodingTask._main_loop", DecodingTask._main_loop)
+upstream_main_loop = originals.get(
+    "whisper.decoding.DecodingTask._main_loop", DecodingTask._main_loop
+)
 
 
 def max_main_loop(self: DecodingTask, audio_features: Tensor, tokens: Tensor) -> Decoded:
@@ -230,15 +232,16 @@ def _selection(rules: Rules, count: int, rows: int) -> Selection:
 def _reasons(task: DecodingTask) -> list[str]:
     """Reasons against decoding this task here rather than step by step in upstream's loop."""
     reasons = []
+    decoder = task.decoder
     if type(task) is not DecodingTask:
         reasons.append(f"the task is a {type(task).__qualname__}, not upstream's DecodingTask")
     if type(task.inference) is not MaxInference:
         reasons.append(f"the inference is a {type(task.inference).__qualname__}")
-    if type(task.decoder) not in (GreedyDecoder, BeamSearchDecoder):
-        reasons.append(f"the token decoder is a {type(task.decoder).__qualname__}")
-    elif type(task.decoder).update.__module__ != "whisper.decoding" or "update" in vars(task.decoder):
+    if type(decoder) not in (GreedyDecoder, BeamSearchDecoder):
+        reasons.append(f"the token decoder is a {type(decoder).__qualname__}")
+    elif type(decoder).update.__module__ != "whisper.decoding" or "update" in vars(decoder):
         reasons.append("the token decoder's update was replaced")
-    elif isinstance(task.decoder, BeamSearchDecoder) and task.decoder.inference is not task.inference:
+    elif isinstance(decoder, BeamSearchDecoder) and decoder.inference is not task.inference:
         reasons.append("the token decoder has an inference of its own")
     if torch.get_default_dtype() is torch.bfloat16:
         reasons.append("the default dtype is bfloat16, which NumPy has not")

@@ -54,7 +54,9 @@ class MaxInference(UpstreamInference):
             self._choose(tokens, audio_features)
         if self._torch_reasons is not None:
             step = super().logits
-            return on_pytorch("inference", lambda: step(tokens, audio_features), self._torch_reasons)
+            return on_pytorch(
+                "inference", lambda: step(tokens, audio_features), self._torch_reasons
+            )
         begin = time.perf_counter()
         try:
             with out_of_memory_is_unsupported():
