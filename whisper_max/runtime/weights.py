@@ -24,8 +24,8 @@ ABSENT = torch.zeros(1, dtype=torch.float32, device="cpu")
 """The scale of weights that have none."""
 
 FLOAT16_MAX = 65504.0
-_IN_CACHE = 1 << 15
-"""Numbers that are looked at together: five times as fast as a whole matrix."""
+_AT_ONCE = 1 << 17
+"""Numbers that are looked at or packed together: what is made of them stays in cache."""
 
 # A fused projection and the upstream layers that it is made of.
 _FUSED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
@@ -33,7 +33,7 @@ _FUSED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
 
 def exact_in_float16(tensors: Iterable[Tensor]) -> bool:
     """Whether every number is one that float16 holds exactly."""
-    parts = (part for tensor in tensors for part in tensor.flatten().split(_IN_CACHE))
+    parts = (part for tensor in tensors for part in tensor.flatten().split(_AT_ONCE))
     return all(torch.equal(part.half().float(), part) for part in parts)
 
 
@@ -85,15 +85,11 @@ def may_overflow(reach: tuple[float, float], features: Tensor) -> bool:
     return longest * on_one_thread.longest_row(features) + bias > 0.98 * FLOAT16_MAX
 
 
-def panels(weight: Tensor, storage: torch.dtype | None = None) -> Tensor:
-    """(out, in) -> (panels, in, 32) of dtype `storage`, the last panel filled up with zeros."""
+def panels(weight: Tensor) -> Tensor:
+    """(out, in) -> (panels, in, 32), the last panel filled up with zeros."""
     out, length = weight.shape
-    whole, rest = divmod(out, PANEL)
-    packed = memory.empty((whole + (rest > 0), length, PANEL), storage or weight.dtype)
-    packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, length).transpose(1, 2)
-    if rest:
-        packed[whole, :, :rest] = weight[whole * PANEL :].T
-        packed[whole, :, rest:] = 0
+    packed = memory.empty((-(-out // PANEL), length, PANEL), weight.dtype)
+    _fill(packed, weight)
     return packed
 
 
@@ -106,30 +102,51 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _pack(parameter: Parameter, state: State, storage: torch.dtype) -> list[Buffer]:
     if parameter.kind == "table":
         return [to_buffer(state[parameter.name].float())]
-    if not parameter.stacked:
-        parts = _parts(parameter.kind, parameter.name, state, storage)
-        return [to_buffer(part) for part in parts]
-    stem, _, name = parameter.name.partition(".blocks.")
-    blocks = _count_blocks(stem, state)
-    stacked: list[Tensor] = []
-    for i in range(blocks):
-        parts = _parts(parameter.kind, f"{stem}.blocks.{i}.{name}", state, storage)
-        if not stacked:
-            stacked = [memory.empty((blocks, *part.shape), part.dtype) for part in parts]
-        for whole, part in zip(stacked, parts):
-            whole[i] = part
-    return [to_buffer(whole) for whole in stacked]
+    names = [parameter.name]
+    if parameter.stacked:
+        stem, _, name = parameter.name.partition(".blocks.")
+        names = [f"{stem}.blocks.{i}.{name}" for i in range(_count_blocks(stem, state))]
+    parts = (_norms if parameter.kind == "norm" else _linears)(names, state, storage)
+    return [to_buffer(part if parameter.stacked else part[0]) for part in parts]
 
 
-def _parts(kind: str, name: str, state: State, storage: torch.dtype) -> list[Tensor]:
-    if kind == "norm":
-        return [state[f"{name}.weight"].float(), state[f"{name}.bias"].float()]
-    weight, bias = _linear(name, state)
-    if storage is torch.int8:
-        weight, scale = quantize(weight)
-    else:
-        scale = ABSENT
-    return [panels(weight, storage), scale, bias]
+def _norms(names: list[str], state: State, storage: torch.dtype) -> list[Tensor]:
+    """Weights and biases, shape = (layers, n_state)."""
+    return [
+        torch.stack([state[f"{name}.{part}"].float() for name in names])
+        for part in ("weight", "bias")
+    ]
+
+
+def _linears(names: list[str], state: State, storage: torch.dtype) -> list[Tensor]:
+    """Packed weights, (layers, panels, in, 32); scales, (layers, out) or none; biases."""
+    biases: list[Tensor] = []
+    for i, name in enumerate(names):
+        weight, bias = _linear(name, state)
+        out, length = weight.shape
+        if not biases:
+            packed = memory.empty((len(names), -(-out // PANEL), length, PANEL), storage)
+            scales = weight.new_empty((len(names), out if storage is torch.int8 else 1))
+        biases.append(bias)
+        rows = PANEL * max(1, _AT_ONCE // (PANEL * length))
+        for begin in range(0, out, rows):  # without a second copy of all, a little at a time
+            part = weight[begin : begin + rows]
+            if storage is torch.int8:
+                part, scales[i, begin : begin + rows] = quantize(part)
+            _fill(packed[i, begin // PANEL : (begin + rows) // PANEL], part)
+    if storage is not torch.int8:
+        scales[:] = ABSENT
+    return [packed, scales, torch.stack(biases)]
+
+
+def _fill(packed: Tensor, weight: Tensor) -> None:
+    """Writes (out, in) into (panels, in, 32)."""
+    out, length = weight.shape
+    whole, rest = divmod(out, PANEL)
+    packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, length).transpose(1, 2)
+    if rest:
+        packed[whole, :, :rest] = weight[whole * PANEL :].T
+        packed[whole, :, rest:] = 0
 
 
 def _linear(name: str, state: State) -> tuple[Tensor, Tensor]:
