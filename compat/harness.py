@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,10 +26,13 @@ def compile_all(*precisions: str) -> Path:
         for precision in precisions
         for exact in (True, False)
     )
-    for policy in ("background", "blocking"):
-        for arithmetic in wanted:
-            keys = storage.keys_of(arithmetic, active.cpu_level)
-            compilation.ensure_first(keys, active.cache_dir, policy)
+
+    def compiled(arithmetic: storage.Arithmetic) -> None:
+        keys = storage.keys_of(arithmetic, active.cpu_level)
+        compilation.ensure_first(keys, active.cache_dir, "blocking", progress=False)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compiled, wanted))
     return active.cache_dir
 
 

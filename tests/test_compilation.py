@@ -1,6 +1,7 @@
 """The three policies: who compiles, when, in which process, and who waits for it."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from whisper_max.runtime import artifacts, compilation
+from whisper_max.runtime import artifacts, compilation, compile_worker
 
 from compile_tools import KEY, ensure, forget_this_process, names, wait_for
 from fake_compilers import CONTENT
@@ -198,3 +199,39 @@ def test_no_compile_without_memory_disk_or_interpreter(compiling, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(compilation, "available_memory", lambda: None)  # unknown is no obstacle
         assert ensure(key, cache).ready
+
+
+BEATS = """
+import time
+for _ in range(20):
+    print(time.monotonic(), flush=True)
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("quota_is_used_up", [True, False])
+def test_a_compile_pauses_while_the_containers_quota_is_used_up(monkeypatch, quota_is_used_up):
+    times = itertools.count() if quota_is_used_up else itertools.repeat(7)
+    monkeypatch.setattr(compile_worker.limits, "times_throttled", lambda: next(times))
+    monkeypatch.setattr(compile_worker, "LOOK_SECONDS", 0.08)
+    monkeypatch.setattr(compile_worker, "PAUSE_SECONDS", 0.5)
+    child = subprocess.Popen(
+        [sys.executable, "-c", BEATS], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert compile_worker._wait_with_pauses(child, 30.0) == 0
+    beats = [float(line) for line in child.communicate()[0].splitlines()]
+    longest = max(after - before for before, after in zip(beats, beats[1:]))
+    assert (longest > 0.4) is quota_is_used_up
+
+
+def test_pauses_do_not_lift_the_limit(monkeypatch):
+    times = itertools.count()
+    monkeypatch.setattr(compile_worker.limits, "times_throttled", lambda: next(times))
+    monkeypatch.setattr(compile_worker, "PAUSE_SECONDS", 0.1)
+    child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            compile_worker._wait_with_pauses(child, 0.5)
+    finally:
+        child.kill()
+        child.wait()

@@ -133,6 +133,19 @@ def test_cpu_quota_in_cgroup_v1(tmp_path, quota, expected):
     assert limits.cpu_quota(tmp_path / "proc", tmp_path / "cgroup") == expected
 
 
+@pytest.mark.parametrize("tree, folder", [(V2, "cgroup"), (V1, "cgroup/cpu")])
+def test_times_throttled_are_those_of_all_groups_above(tmp_path, tree, folder):
+    path = tree["proc/self/cgroup"].splitlines()[-1 if tree is V2 else 1].split(":")[2]
+    write_tree(tmp_path, tree)
+    write_tree(tmp_path / folder, {f"{path.strip('/')}/cpu.stat": "nr_periods 9\nnr_throttled 4\n"})
+    write_tree(tmp_path / folder, {"cpu.stat": "nr_throttled 3\nthrottled_usec 80\n"})
+    assert limits.times_throttled(tmp_path / "proc", tmp_path / "cgroup") == 7
+
+
+def test_nothing_is_throttled_without_cgroups(tmp_path):
+    assert limits.times_throttled(tmp_path / "proc", tmp_path / "cgroup") == 0
+
+
 def test_cpu_quota_without_cgroups(tmp_path):
     assert limits.cpu_quota(tmp_path / "proc", tmp_path / "cgroup") is None
 

@@ -1,6 +1,13 @@
-"""What looks at tensors without PyTorch's threads sees what PyTorch sees."""
+"""What computes without PyTorch's other threads sees what PyTorch sees, and leaves them alone."""
 
 from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,3 +65,72 @@ def test_the_longest_row_is_as_long_as_pytorch_says(numbers):
 def test_a_row_too_long_for_float32_is_infinite():
     """And so counts as one that overflows float16, as it does."""
     assert on_one_thread.longest_row(torch.full((2, 3), 1e30)) == np.inf
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="PyTorch without OpenMP")
+def test_pytorch_keeps_to_this_thread_for_a_while():
+    with pytest.raises(RuntimeError), on_one_thread.only_this_thread():
+        assert torch.get_num_threads() == 1
+        raise RuntimeError
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_other_threads_compute_as_ever_meanwhile_and_afterwards():
+    begun, ended = threading.Event(), threading.Event()
+
+    def alone():
+        with on_one_thread.only_this_thread():
+            begun.set()
+            ended.wait(30)
+
+    other = threading.Thread(target=alone)
+    other.start()
+    begun.wait(30)
+    try:
+        assert torch.get_num_threads() == 2
+        assert _in_a_new_thread(torch.get_num_threads) == 2
+    finally:
+        ended.set()
+        other.join()
+    assert _in_a_new_thread(torch.get_num_threads) == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("function", [torch.exp, torch.clone, torch.sum], ids=lambda f: f.__name__)
+def test_nothing_wakes_pytorchs_other_threads(function):
+    """exp is MKL's in some builds of PyTorch, which does not go by OpenMP's number."""
+    numbers = torch.randn(1 << 20)
+    function(numbers)  # now they exist
+    with on_one_thread.only_this_thread():
+        time.sleep(0.2)  # they spin for a while
+        before = _cpu_time_of_others()
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            function(numbers)
+        assert _cpu_time_of_others() - before < 0.1
+
+
+def _in_a_new_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def _cpu_time_of_others():
+    """Seconds that the threads of this process except the calling one have computed."""
+    total = 0
+    for task in Path("/proc/self/task").iterdir():
+        if task.name != str(threading.get_native_id()):
+            fields = (task / "stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")

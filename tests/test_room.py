@@ -38,3 +38,18 @@ def test_large_rooms_begin_with_a_huge_page_and_end_with_their_last_tensor():
     del part
     gc.collect()
     assert mapped() < before + 50_000
+
+
+def test_without_huge_pages_room_is_pytorchs(monkeypatch):
+    class Refusing(memory.mmap.mmap):
+        def madvise(self, *arguments):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(memory.mmap, "mmap", Refusing)
+    room = memory.empty((2, 1024, 1024), torch.float32)
+    assert room.shape == (2, 1024, 1024) and room.untyped_storage().resizable()
+
+
+def test_too_much_is_pytorchs_error():
+    with pytest.raises(RuntimeError, match="memory"):
+        memory.empty((1 << 50,), torch.int8)

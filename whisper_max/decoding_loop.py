@@ -19,6 +19,7 @@ from .activation import originals
 from .conditions import UnsupportedByMax
 from .dispatch import out_of_memory_is_unsupported, reasons_of, refuse, run
 from .inference import MaxInference
+from .on_one_thread import only_this_thread
 from .selection import Rules, foreign_filters, in_stock_order
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _on_max(
     refuse(_reasons(task))
     task.inference.start(tokens, audio_features)
     try:
-        with out_of_memory_is_unsupported():
+        with out_of_memory_is_unsupported(), only_this_thread():
             return _decode(task, before, task.inference.session, audio_features, tokens)
     except UnsupportedByMax as failed:
         task.inference.leave_to_pytorch(reasons_of(failed))

@@ -7,9 +7,38 @@ where one thread needs a tenth of one. All tensors here are plain ones on the CP
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def only_this_thread() -> Iterator[None]:
+    """PyTorch computes on the calling thread alone meanwhile; other threads' calls as ever.
+
+    `torch.set_num_threads` would also hold for threads that begin to compute meanwhile, and for as
+    long as they live. Without effect where PyTorch was built without OpenMP.
+    """
+    before = torch.get_num_threads()  # PyTorch sets a new thread's number when it is asked first
+    if before == 1 or not hasattr(_pytorch, "omp_set_num_threads"):
+        yield
+        return
+    _pytorch.omp_set_num_threads(1)
+    # Intel's MKL, of which some functions are, has a number of its own; 0 stands for OpenMP's.
+    mkl = getattr(_pytorch, "MKL_Set_Num_Threads_Local", lambda count: 0)
+    mkl_before = mkl(1)
+    try:
+        yield
+    finally:
+        mkl(mkl_before)
+        _pytorch.omp_set_num_threads(before)
+
+
+_pytorch = ctypes.CDLL(torch._C.__file__)  # and the OpenMP library that PyTorch itself uses
 
 
 def all_finite(tensor: Tensor) -> bool:

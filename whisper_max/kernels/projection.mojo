@@ -15,6 +15,9 @@ from .products import WORDS, Block
 comptime EPSILON: Float32 = 1e-5
 comptime FEW_ROWS = 48
 """Up to here the weights are the traffic: panels are streamed instead of blocked."""
+comptime STREAM_LINES = 2048
+"""Lines of panels that a worker claims at a time: microseconds, so that none waits long for the
+last one."""
 comptime BLOCK_ROWS = 192
 comptime BLOCK_PANELS = 16
 
@@ -129,6 +132,11 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         return result
 
     @always_inline
+    def few(self) -> Bool:
+        """Whether the panels are streamed."""
+        return self.rows <= FEW_ROWS
+
+    @always_inline
     def panels(self) -> Int:
         return ceildiv(self.columns, PANEL)
 
@@ -138,13 +146,14 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
 
     def chunks(self, team: Int) -> Int:
         """Into how many independent parts this layer is cut."""
-        if self.rows <= FEW_ROWS:
-            return min(self.panels(), max(4 * team, ceildiv(self.panels(), BLOCK_PANELS)))
+        if self.few():
+            var at_once = max(1, STREAM_LINES // self.length)
+            return min(self.panels(), max(4 * team, ceildiv(self.panels(), at_once)))
         return self.row_blocks() * ceildiv(self.panels(), BLOCK_PANELS)
 
     def run(self, chunk: Int, chunks: Int):
-        """Computes one of `chunks` parts."""
-        if self.rows <= FEW_ROWS:
+        """Computes one of `chunks` parts; the norm of few rows has been applied."""
+        if self.few():
             self.stream(self.panels() * chunk // chunks, self.panels() * (chunk + 1) // chunks)
             return
         var row_blocks = self.row_blocks()
@@ -160,11 +169,6 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
 
     def stream(self, first_panel: Int, last_panel: Int):
         """All (few) rows times a run of panels, each panel read from memory once."""
-        if self.norm.length > 0:
-            var normalized = unsafe_alloc[Float32](self.rows * self.length)
-            self.normalized(normalized).stream(first_panel, last_panel)
-            normalized.unsafe_free()
-            return
         for panel in range(first_panel, last_panel):
             var row = 0
             comptime for tile in range(4):
@@ -275,9 +279,15 @@ def project[
 ](mut phases: Phases, team: Int, projection: Projection[type, width, product, tiles]):
     """One phase: a linear layer."""
     var chunks = projection.chunks(team)
+    # Every worker applies the norm itself: that takes less time than to wait for another's. One
+    # that comes late may read what a later phase overwrites, but finds nothing left to do with it.
+    var own = projection.few() and projection.norm.length > 0
+    var normalized = unsafe_alloc[Float32](projection.rows * projection.length if own else 0)
+    var layer = projection.normalized(normalized) if own else projection
 
     @always_inline
-    def part(chunk: Int) {var projection, var chunks, imm}:
-        projection.run(chunk, chunks)
+    def part(chunk: Int) {var layer, var chunks, imm}:
+        layer.run(chunk, chunks)
 
     phases.run(chunks, part)
+    normalized.unsafe_free()

@@ -4,11 +4,10 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from std.memory.alloc import unsafe_alloc
 
 from .gemm import F32, PANEL, copy, raw
 from .phases import Phases, team_size
-from .projection import FEW_ROWS, Norm, Projection, project
+from .projection import Norm, Projection, project
 
 comptime FRAME_BLOCK = 256
 """Frames that one worker takes patches of."""
@@ -60,17 +59,12 @@ struct Linear:
         )
         var team = team_size(threads)
         var phases = Phases(1)
-        var rows = projection.rows if projection.rows <= FEW_ROWS else 0
-        var normalized = unsafe_alloc[Float32](rows * length)
-        if rows > 0 and projection.norm.length > 0:
-            projection = projection.normalized(normalized)  # once, not in each of many small parts
 
         def worker(index: Int) {var phases, var team, var projection, imm}:
             var phase = phases
             project(phase, team, projection)
 
         sync_parallelize(worker, team)
-        normalized.unsafe_free()
         phases.free()
 
 

@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from . import limits
 from .artifact_key import ArtifactKey
 from .artifacts import ENGINE_CACHE, failure, failure_path, find, store
 from .cache_folder import lock, open_cache, size_of, write_json
@@ -32,6 +33,9 @@ from .storage import BUILDER
 
 ENGINE_CACHE_LIMIT = 1 << 30  # bytes
 AUTOGROUP_NICENESS = 13  # some 5% of each busy CPU
+LOOK_SECONDS = 0.1
+"""So long a compile runs in a container with a quota before it is seen whether that is used up."""
+PAUSE_SECONDS = 0.9
 KEPT_OF_LOG = 64 << 10  # bytes, the last ones
 _PR_SET_PDEATHSIG = 1
 
@@ -164,7 +168,7 @@ def _compile_and_store(
     start = time.monotonic()
     try:
         scratch.mkdir(mode=0o700)
-        reason = _run(job.command("compile"), folder, scratch, job.limit_seconds)
+        reason = _run(job, folder, scratch)
         if _refusal(scratch).exists():
             return _refusal(scratch).read_text()
         if reason is not None:
@@ -181,19 +185,22 @@ def _compile_and_store(
     return None
 
 
-def _run(command: list[str], folder: Path, scratch: Path, limit_seconds: float) -> str | None:
+def _run(job: CompileJob, folder: Path, scratch: Path) -> str | None:
     """Run the compiler; None, or how it failed."""
     child = subprocess.Popen(
-        command,
+        job.command("compile"),
         cwd=scratch,
         env=_environment(folder),
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
-        status = child.wait(limit_seconds)
+        if job.niceness > 0 and limits.cpu_quota() is not None:
+            status = _wait_with_pauses(child, job.limit_seconds)
+        else:
+            status = child.wait(job.limit_seconds)
     except subprocess.TimeoutExpired:
-        return f"it took longer than {limit_seconds:g} s and was stopped"
+        return f"it took longer than {job.limit_seconds:g} s and was stopped"
     finally:
         # The session, not the child alone: MAX starts the Mojo compiler as a process of its own.
         with suppress(ProcessLookupError):
@@ -204,6 +211,27 @@ def _run(command: list[str], folder: Path, scratch: Path, limit_seconds: float) 
     if status < 0:
         return f"it crashed (signal {-status}: {signal.strsignal(-status)})"
     return f"it ended with status {status}" if status else None
+
+
+def _wait_with_pauses(child: subprocess.Popen, limit_seconds: float) -> int:
+    """Wait for the compiler, and stop it for a while whenever the container's quota is used up.
+
+    A quota counts what all processes take, however nice they are: the compile would take its part
+    from the user's program, and both would stand still until the next period.
+    """
+    end = time.monotonic() + limit_seconds
+    while True:
+        throttled = limits.times_throttled()
+        try:
+            return child.wait(max(0.0, min(LOOK_SECONDS, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= end:
+                raise
+        if limits.times_throttled() > throttled:
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.killpg(child.pid, signal.SIGSTOP)
+                time.sleep(PAUSE_SECONDS)
+                os.killpg(child.pid, signal.SIGCONT)
 
 
 def _environment(folder: Path) -> dict[str, str]:

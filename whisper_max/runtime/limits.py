@@ -44,6 +44,17 @@ def cpu_quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> float | None:
     return min(quotas, default=None)
 
 
+def times_throttled(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """How often processes of the container have been stopped because its quota was used up."""
+    times = 0
+    for folder in _cgroup_folders("cpu", proc, cgroups):
+        for line in _text(folder / "cpu.stat").splitlines():
+            name, _, value = line.partition(" ")
+            if name == "nr_throttled" and value.isdigit():
+                times += int(value)
+    return times
+
+
 def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """The bytes this process could still take without swapping, None where that is unknown."""
     candidates = []

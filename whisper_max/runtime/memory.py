@@ -24,12 +24,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device="cpu")
-    # The mapping lives as long as a tensor in it.
-    room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
+        # It lives as long as a tensor in it.
+        room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         room.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them: small pages do as well
-        pass
+    except OSError:  # no more memory, or a kernel without huge pages: PyTorch's way, and its error
+        return torch.empty(shape, dtype=dtype, device="cpu")
     whole = torch.frombuffer(room, dtype=torch.uint8)
     begin = -whole.data_ptr() % HUGE_PAGE
     return whole[begin : begin + size].view(dtype).view(*shape)
