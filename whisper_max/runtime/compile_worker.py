@@ -196,6 +196,7 @@ def _run(job: CompileJob, folder: Path, scratch: Path) -> str | None:
     )
     try:
         if job.niceness > 0 and limits.cpu_quota() is not None:
+            # Between pauses it has a tenth of its time: idle scheduling would take that as well.
             status = _wait_with_pauses(child, job.limit_seconds)
         else:
             status = child.wait(job.limit_seconds)
@@ -298,7 +299,7 @@ def _step_back(niceness: int) -> None:
     halves what PyTorch loses. So a compile ends in minutes beside a program that never pauses; at
     autogroup niceness 19 it takes longer than most programs.
     """
-    if niceness <= 0:
+    if niceness <= 0 or limits.cpu_quota() is not None:  # a quota is kept to by pauses
         return
     os.nice(max(0, niceness - os.nice(0)))
     with suppress(AttributeError, OSError):  # not Linux
