@@ -6,10 +6,24 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+import torch
 
 from whisper_max import activation, live_models, patching, report, settings
+
+
+@contextmanager
+def pytorch_threads(count: int) -> Iterator[None]:
+    """PyTorch computes with so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

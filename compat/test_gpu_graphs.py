@@ -28,8 +28,8 @@ from harness import exact, exact_logits, load_checkpoint, on_pytorch
 from strategies import Recipe, numbers
 from tolerances import assert_precise
 from whisper_max import demo, settings
-from whisper_max.graphs.gpu.selection import MASKED
 from whisper_max.graphs.gpu.specification import Sizes, Target
+from whisper_max.graphs.specification import MASKED
 from whisper_max.runtime import artifacts, compilation, hardware
 from whisper_max.runtime.artifact_key import ArtifactKey
 from whisper_max.runtime.tensors import int32, to_buffer, to_torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from strategies import numbers, seeds
 from tolerances import PRODUCTS as PROMISED
 from tolerances import assert_precise
 from whisper_max import settings
+from whisper_max.graphs.specification import PANEL
 from whisper_max.runtime import artifacts, compilation, hardware
 from whisper_max.runtime.artifact_key import ArtifactKey
 from whisper_max.runtime.engine import Engine
 from whisper_max.runtime.tensors import int32, to_buffer, to_torch
-from whisper_max.runtime.weights import ABSENT, panels, quantize
+from whisper_max.runtime.weights import ABSENT, fill_panels, quantize
 
 # Around the sizes at which the kernels change their ways: few rows or many, one block or several.
 ROWS = st.integers(1, 70) | st.sampled_from([191, 192, 193, 385, 600])
@@ -53,6 +55,14 @@ def engine() -> Engine:
     state = compilation.ensure(key, active.cache_dir, "blocking")
     assert state.ready, state.reason
     return Engine(artifacts.read(key, active.cache_dir))
+
+
+def panels(weight):
+    """(out, in) -> (panels, in, 32)."""
+    out, length = weight.shape
+    packed = weight.new_empty((math.ceil(out / PANEL), length, PANEL))
+    fill_panels(packed, weight)
+    return packed
 
 
 def run(engine, graph, *operands):

@@ -25,6 +25,7 @@ from whisper import decoding
 from whisper.model import ModelDimensions
 
 import whisper_max
+from isolation import pytorch_threads
 from strategies import Recipe, numbers, token_rows
 from whisper_max import UnsupportedByMax, activation, live_models
 from whisper_max.runtime import model_state
@@ -340,10 +341,8 @@ class Lifecycle(RuleBasedStateMachine):
 @pytest.fixture
 def one_thread():
     """The models are too small to share out, and the machine may be busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with pytorch_threads(1):
+        yield
 
 
 @torch.no_grad()

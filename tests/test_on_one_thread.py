@@ -18,6 +18,8 @@ from hypothesis.extra import numpy as arrays
 
 from whisper_max import on_one_thread
 
+from isolation import pytorch_threads
+
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=3, max_side=5)
 ANY = arrays.arrays(np.float32, SHAPES, elements=st.floats(width=32))
 FINITE = arrays.arrays(np.float32, SHAPES, elements=st.floats(-1e6, 1e6, width=32))
@@ -69,10 +71,8 @@ def test_a_row_too_long_for_float32_is_infinite():
 
 @pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with pytorch_threads(2):
+        yield
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -195,8 +195,7 @@ def _run(job: CompileJob, folder: Path, scratch: Path) -> str | None:
         start_new_session=True,
     )
     try:
-        if job.niceness > 0 and limits.cpu_quota() is not None:
-            # Between pauses it has a tenth of its time: idle scheduling would take that as well.
+        if _pauses(job.niceness):
             status = _wait_with_pauses(child, job.limit_seconds)
         else:
             status = child.wait(job.limit_seconds)
@@ -212,6 +211,14 @@ def _run(job: CompileJob, folder: Path, scratch: Path) -> str | None:
     if status < 0:
         return f"it crashed (signal {-status}: {signal.strsignal(-status)})"
     return f"it ended with status {status}" if status else None
+
+
+def _pauses(niceness: int) -> bool:
+    """Whether a compile pauses for the user's program instead of giving way to it on the CPU.
+
+    It has a tenth of its time then; idle scheduling would take that as well.
+    """
+    return niceness > 0 and limits.cpu_quota() is not None
 
 
 def _wait_with_pauses(child: subprocess.Popen, limit_seconds: float) -> int:
@@ -299,7 +306,7 @@ def _step_back(niceness: int) -> None:
     halves what PyTorch loses. So a compile ends in minutes beside a program that never pauses; at
     autogroup niceness 19 it takes longer than most programs.
     """
-    if niceness <= 0 or limits.cpu_quota() is not None:  # a quota is kept to by pauses
+    if niceness <= 0 or _pauses(niceness):
         return
     os.nice(max(0, niceness - os.nice(0)))
     with suppress(AttributeError, OSError):  # not Linux

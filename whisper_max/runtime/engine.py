@@ -9,14 +9,10 @@ from max.engine import CompiledModel, InferenceSession
 from torch import Tensor
 
 from ..conditions import UnsupportedByMax
-from ..graphs.specification import HEAD_DIM, PANEL
+from ..graphs.specification import HEAD_DIM, MASKED, PANEL
 from . import limits, memory
 from .tensors import int32, to_buffer, to_torch
 from .timer_slack import inherited_timer_slack
-
-
-MASKED = -3.0e38
-"""What the kernels add to the logit of a suppressed token, as in kernels/attention.mojo."""
 
 
 class Engine:

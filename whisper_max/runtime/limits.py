@@ -46,13 +46,8 @@ def cpu_quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> float | None:
 
 def times_throttled(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """How often processes of the container have been stopped because its quota was used up."""
-    times = 0
-    for folder in _cgroup_folders("cpu", proc, cgroups):
-        for line in _text(folder / "cpu.stat").splitlines():
-            name, _, value = line.partition(" ")
-            if name == "nr_throttled" and value.isdigit():
-                times += int(value)
-    return times
+    folders = _cgroup_folders("cpu", proc, cgroups)
+    return sum(_counter(folder / "cpu.stat", "nr_throttled") for folder in folders)
 
 
 def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
@@ -66,14 +61,16 @@ def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
         used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
         if limit.isdigit() and used.isdigit():
             # Pages of files read long ago count as used, and are given up on demand.
-            candidates.append(max(0, int(limit) - int(used) + _inactive_file(folder)))
+            cached = _counter(folder / "memory.stat", "inactive_file", "total_inactive_file")
+            candidates.append(max(0, int(limit) - int(used) + cached))
     return min(candidates, default=None)
 
 
-def _inactive_file(folder: Path) -> int:
-    for line in _text(folder / "memory.stat").splitlines():
+def _counter(statistics: Path, *names: str) -> int:
+    """The first counter of one of these names in a cgroup's file, 0 where there is none."""
+    for line in _text(statistics).splitlines():
         name, _, value = line.partition(" ")
-        if name in ("inactive_file", "total_inactive_file"):
+        if name in names:
             return int(value)
     return 0
 

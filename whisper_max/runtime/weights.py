@@ -85,14 +85,6 @@ def may_overflow(reach: tuple[float, float], features: Tensor) -> bool:
     return longest * on_one_thread.longest_row(features) + bias > 0.98 * FLOAT16_MAX
 
 
-def panels(weight: Tensor) -> Tensor:
-    """(out, in) -> (panels, in, 32), the last panel filled up with zeros."""
-    out, length = weight.shape
-    packed = memory.empty((-(-out // PANEL), length, PANEL), weight.dtype)
-    _fill(packed, weight)
-    return packed
-
-
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 with one scale per output channel: (out, in) -> int8 (out, in), (out,)."""
     scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
@@ -133,13 +125,13 @@ def _linears(names: list[str], state: State, storage: torch.dtype) -> list[Tenso
             part = weight[begin : begin + rows]
             if storage is torch.int8:
                 part, scales[i, begin : begin + rows] = quantize(part)
-            _fill(packed[i, begin // PANEL : (begin + rows) // PANEL], part)
+            fill_panels(packed[i, begin // PANEL : (begin + rows) // PANEL], part)
     if storage is not torch.int8:
         scales[:] = ABSENT
     return [packed, scales, torch.stack(biases)]
 
 
-def _fill(packed: Tensor, weight: Tensor) -> None:
+def fill_panels(packed: Tensor, weight: Tensor) -> None:
     """Writes (out, in) into (panels, in, 32)."""
     out, length = weight.shape
     whole, rest = divmod(out, PANEL)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from max.dtype import DType
 from max.graph import TensorValue, ops
 
-MASKED = -3.0e38
-"""Takes the place of the logit of a suppressed token, as in kernels/attention.mojo."""
+from ..specification import MASKED
 
 TAKEN = -3.3e38
-"""Likewise, of a token that is ranked already."""
+"""As MASKED, of a token that is ranked already."""
 
 REACHABLE = -1.0e38
 """Below this a score is that of a suppressed token."""
