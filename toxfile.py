@@ -1,6 +1,7 @@
 """A tox plugin, which tox loads by this file's name: skip where no CPU build of torch is at hand.
 
-Without it such an environment would count as failed. Which builds are at hand is pip's to say:
+Without it such an environment would count as failed. An environment with `system_site_packages`
+takes the system's own torch, or is skipped. Which other builds are at hand is pip's to say:
 PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS may add some.
 """
 
@@ -11,16 +12,21 @@ from tox.tox_env.errors import Skip
 
 @impl
 def tox_on_install(tox_env, arguments, section, of_type):
-    """Ask pip for the pinned torch, without installing it, before the dependencies go in.
+    """Look for torch, before the dependencies go in: pip is asked, and installs nothing.
 
     tox_env : tox.tox_env.api.ToxEnv, the environment that is being made
     arguments : tox.tox_env.python.pip.req_file.PythonDeps when of_type is "deps"
     section : str, what the installation belongs to; not needed here
     of_type : str, "deps" for the environment's own dependencies
 
-    Raises tox's Skip, which tox reports, when pip finds no such build for this Python.
+    Raises tox's Skip, which tox reports, when there is none for this Python.
     """
     if of_type != "deps":
+        return
+    if tox_env.conf["system_site_packages"]:
+        search = ["python", "-c", "import torch"]
+        if tox_env.execute(search, stdin=StdinSource.OFF, show=False, run_id="torch").exit_code:
+            raise Skip("the system's own Python has no PyTorch")
         return
     pins = [line for line in arguments.lines() if line.startswith("torch==")]
     if not pins:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,11 @@ from pathlib import Path
 from . import models, peers, places, scenarios
 
 DEFAULT_MODELS = ("tiny", "base")
-FAILED, NOT_YET, REFUSED = 1, 2, 2  # exit codes
+FAILED, REFUSED = 1, 2  # exit codes
 
-NO_GPU_SESSION = (
-    "There is nothing to measure on a GPU yet: the graphs for it are compiled and checked "
-    "(gpu-compile), but models on a GPU run on PyTorch. See docs/gpu.md."
-)
+NO_GPU = "PyTorch finds no NVIDIA GPU. For graphs of GPUs that need not be there: gpu-compile."
+GPU_MODELS = ("base", "turbo", "large-v3")
+ON_GPUS = ("large-v3", "turbo")  # too large for the other benchmarks
 GPU_ARCHITECTURES = ("sm_80", "sm_90a")
 GPU_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -26,12 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv : the arguments, default those of the process
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    beyond = set(options.models or ()) - set(models.SIZES)
+    if beyond and options.command in ("measure", "report"):
+        parser.error(f"{', '.join(sorted(beyond))}: only for gpu and gpu-compile")
     if options.command == "gpu-compile":
         return _gpu_compile(options)
     if options.command == "gpu":
-        print(NO_GPU_SESSION, file=sys.stderr)
-        return NOT_YET
+        return _gpu(options)
     if options.command == "report":
         return _report(places.PUBLISHED)
     return _measure(options)
@@ -76,6 +79,21 @@ def _measure(options: argparse.Namespace) -> int:
     return _report(destination)
 
 
+def _gpu(options: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print(NO_GPU, file=sys.stderr)
+        return REFUSED
+    from . import gpu
+
+    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    path = places.PUBLISHED.results / "gpu" / f"{options.machine or slug}.json"
+    gpu.run(options.models or GPU_MODELS, "cuda", path, _say, options.repeats or gpu.ROUNDS)
+    _say(f"wrote {path}")
+    return 0
+
+
 def _gpu_compile(options: argparse.Namespace) -> int:
     from . import gpu_compile
 
@@ -110,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("measure", "report", "gpu-compile", "gpu"),
         default="measure",
         help="report: make tables and plots from the results that are there; gpu-compile: compile "
-        "the graphs for GPUs that need not be there",
+        "the graphs for GPUs that need not be there; gpu: measure a GPU that is there",
     )
     parser.add_argument(
         "--scenarios",
@@ -121,10 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--models",
-        type=_names_of(models.SIZES),
+        type=_names_of((*models.SIZES, *ON_GPUS)),
         metavar="A,B",
-        help=f"sizes with random weights, of {', '.join(models.SIZES)} "
-        f"(default: {','.join(DEFAULT_MODELS)})",
+        help=f"sizes with random weights, of {', '.join(models.SIZES)} (default: "
+        f"{','.join(DEFAULT_MODELS)}); on a GPU also {', '.join(ON_GPUS)} (default: "
+        f"{','.join(GPU_MODELS)})",
     )
     parser.add_argument(
         "--peers",

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from whisper_max import settings
 from whisper_max.dimensions_of import dimensions_of
-from whisper_max.runtime import artifacts, compilation, hardware
+from whisper_max.runtime import artifacts, compilation
 from whisper_max.runtime.artifact_key import ArtifactKey
 
-GRAPHS = ("encoder", "cross_kv", "prefill", "step", "alignment")
-BUILDER = "whisper_max.graphs.gpu.build:build"
-RANKED = 6  # tokens of a row at each step: enough for five beams
-LIMIT_SECONDS = 30 * 60.0
+PARTS = ("encoder", "decoder")
+LIMIT_SECONDS = 60 * 60.0
 COLUMNS = "{:<10} {:<9} {:<7} {:<9} {:>7}  {}"
 
 
@@ -24,23 +22,25 @@ COLUMNS = "{:<10} {:<9} {:<7} {:<9} {:>7}  {}"
 class Compiled:
     """How one compile ended.
 
+    part : of the model, one of PARTS
     seconds : how long it took, when it was made; None for a failure
     size : of the artifact in bytes; None for a failure
     """
 
     key: ArtifactKey
+    model: str
+    part: str
     seconds: float | None = None
     size: int | None = None
     error: str = ""
 
     def line(self) -> str:
         """Of the table."""
-        graph, dtype = (dict(self.key.options)[name] for name in ("graphs", "dtype"))
-        model = self.key.label.removeprefix("gpu-").removesuffix(f"-{graph}")
         where = self.key.device.partition(":")[2]
+        dtype = dict(self.key.options)["dtype"]
         end = self.error or f"{self.size / 2**20:.1f} MiB"
         seconds = "-" if self.seconds is None else f"{self.seconds:.0f}"
-        return COLUMNS.format(model, graph, where, dtype, seconds, end)
+        return COLUMNS.format(self.model, self.part, where, dtype, seconds, end)
 
 
 def run(
@@ -57,8 +57,8 @@ def run(
     cache = settings.active().cache_dir
     say(COLUMNS.format("model", "graph", "arch", "dtype", "seconds", "artifact"))
     failures = 0
-    for key in keys(models, architectures, dtypes):
-        compiled = one(key, cache)
+    for key, model, part in keys(models, architectures, dtypes):
+        compiled = one(key, model, part, cache)
         failures += bool(compiled.error)
         say(compiled.line())
     return failures
@@ -66,31 +66,30 @@ def run(
 
 def keys(
     models: Sequence[str], architectures: Sequence[str], dtypes: Sequence[str]
-) -> Iterator[ArtifactKey]:
-    """One for each model, dtype, architecture and graph: what fails shows on its own."""
-    level = hardware.cpu_level(settings.active().cpu_level)
+) -> Iterator[tuple[ArtifactKey, str, str]]:
+    """The artifacts that models on such GPUs load, each with its model and part."""
+    from whisper_max.graphs.gpu.specification import AudioSizes, TextSizes
+    from whisper_max.runtime.gpu.state import key_of
+
+    level = settings.active().cpu_level
     for model in models:
-        sizes = dimensions_of(model)
+        dimensions = dimensions_of(model)
         for dtype in dtypes:
             for architecture in architectures:
-                for graph in GRAPHS:
-                    options = {"dtype": dtype, "graphs": graph, "ranked": RANKED, **sizes}
-                    yield ArtifactKey(
-                        f"gpu-{model}-{graph}",
-                        BUILDER,
-                        tuple(options.items()),
-                        f"cuda:{architecture}",
-                        level,
-                    )
+                for part, kind in zip(PARTS, (AudioSizes, TextSizes)):
+                    sizes = kind(**{field.name: dimensions[field.name] for field in fields(kind)})
+                    yield key_of(part, sizes, dtype, f"cuda:{architecture}", level), model, part
 
 
-def one(key: ArtifactKey, cache: str | os.PathLike[str]) -> Compiled:
+def one(
+    key: ArtifactKey, model: str, part: str, cache: str | os.PathLike[str]
+) -> Compiled:
     """The artifact of a key, compiled if it is not there."""
     state = compilation.ensure(
         key, cache, "blocking", progress=False, force=True, limit_seconds=LIMIT_SECONDS
     )
     path = artifacts.find(key, cache) if state.ready else None
     if path is None:
-        return Compiled(key, error=state.reason)
+        return Compiled(key, model, part, error=state.reason)
     record = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
-    return Compiled(key, record["compile_seconds"], record["size"])
+    return Compiled(key, model, part, record["compile_seconds"], record["size"])

@@ -9,6 +9,7 @@ Choose a profile with the environment variable HYPOTHESIS_PROFILE:
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -42,12 +43,33 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(2)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled() -> Path:
-    """The graphs for both storages of the exact precisions, compiled side by side: their folder."""
-    from harness import compile_all
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda", "rehearsal"),
+        default="cpu",
+        help="where tests with the bundled checkpoint run; rehearsal: on the CPU, with the graphs "
+        "and the session for GPUs (see docs/gpu.md for the files that it is meant for)",
+    )
 
-    return compile_all("high")
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(request) -> Iterator[Path | None]:
+    """The graphs for both storages of the exact precisions, compiled side by side: their folder.
+
+    Those for GPUs are compiled when they are asked for.
+    """
+    import harness
+
+    device = request.config.getoption("--device")
+    if device == "cpu":
+        yield harness.compile_all("high")
+    elif device == "rehearsal":
+        with harness.rehearsal():
+            yield None
+    else:
+        harness.device = device
+        yield None
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import whisper
 from torch import Tensor, nn
@@ -36,15 +37,36 @@ def compile_all(*precisions: str) -> Path:
     return active.cache_dir
 
 
+device = "cpu"
+"""Where the bundled checkpoint is loaded: what the option --device says, "cpu" in a rehearsal."""
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Models on the CPU run on the graphs and the session for GPUs, compiled for the CPU."""
+    from max.driver import CPU
+
+    from whisper_max.runtime import paths
+    from whisper_max.runtime.gpu.places import Place
+
+    place = Place(torch.device("cpu"), CPU(), "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "_place_of", lambda device: place)
+        yield
+
+
 def load_checkpoint() -> Whisper:
     """The bundled checkpoint, as a script loads it."""
-    return whisper.load_model(str(demo.CHECKPOINT), device="cpu")
+    return whisper.load_model(str(demo.CHECKPOINT), device=device)
 
 
 @contextmanager
 def on_max(precision: str = "high") -> Iterator[None]:
     """Everything on MAX, or an error."""
-    with whisper_max.patched(mode="strict", compile="blocking", precision=precision):
+    wanted = "cuda" if device == "cuda" else None
+    with whisper_max.patched(
+        mode="strict", compile="blocking", precision=precision, device=wanted
+    ):
         yield
 
 

@@ -14,7 +14,7 @@ from whisper.decoding import DecodingOptions, DecodingResult
 import tolerances
 from harness import on_max, with_fallback
 from whisper_max import report
-from whisper_max.runtime.decoder_session import DecoderSession
+from whisper_max.selection import Rules
 
 RECORDINGS = Path(__file__).parents[1] / "tests" / "recordings"
 
@@ -117,17 +117,17 @@ def test_several_rows_for_each_window_of_a_batch(plain, checkpoint, options):
 
 def test_interrupted_decode_leaves_the_model_usable(plain, checkpoint, mel, monkeypatch):
     expected = decode(plain, mel, {})
-    select = DecoderSession.select
     steps = iter(range(100))
+    after = Rules.after
 
-    def interrupted(self, *arguments):
+    def interrupted(rules, row):
         if next(steps) == 3:
             raise KeyboardInterrupt
-        return select(self, *arguments)
+        return after(rules, row)
 
     with on_max():
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(DecoderSession, "select", interrupted)
+            patch.setattr(Rules, "after", interrupted)
             decode(checkpoint, mel, {})
         assert not any(module._forward_hooks for module in checkpoint.modules())
         assert_same(decode(checkpoint, mel, {}), expected)
@@ -153,7 +153,9 @@ def test_almost_everything_suppressed(plain, checkpoint, features, search, reach
     def outcome(model):
         try:
             return decode(model, features, options)
-        except (ValueError, ZeroDivisionError) as error:  # upstream's own, also for no text
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:
+            # Upstream's own, also for no text; RuntimeError where torch.compile has been at work,
+            # which stops PyTorch from looking at distributions.
             return type(error)
 
     expected = outcome(plain)

@@ -9,7 +9,8 @@ Compiling them takes minutes, so it is done on demand, and else these tests are 
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,29 +23,38 @@ from max.engine import InferenceSession
 from max.graph import DeviceRef
 from torch import Tensor, nn
 from whisper.decoding import ApplyTimestampRules, SuppressTokens
-from whisper.model import ModelDimensions, MultiHeadAttention, Whisper, disable_sdpa
+from whisper.model import ModelDimensions, MultiHeadAttention, Whisper
 
 from harness import exact, exact_logits, load_checkpoint, on_pytorch
 from strategies import Recipe, numbers
 from tolerances import assert_precise
 from whisper_max import demo, settings
-from whisper_max.graphs.gpu.specification import Sizes, Target
+from whisper_max.graphs.gpu.build import ENCODER
+from whisper_max.graphs.gpu.specification import AudioSizes, Target, TextSizes
 from whisper_max.graphs.specification import MASKED
-from whisper_max.runtime import artifacts, compilation, hardware
-from whisper_max.runtime.artifact_key import ArtifactKey
+from whisper_max.runtime import artifacts, compilation
+from whisper_max.runtime.gpu.engine import RANKED
+from whisper_max.runtime.gpu.state import key_of
 from whisper_max.runtime.tensors import int32, to_buffer, to_torch
 from whisper_max.selection import Rules
 
 DIMS = ModelDimensions(8, 12, 128, 2, 2, 120, 20, 128, 2, 2)
 EOT, NO_TIMESTAMPS, TIMESTAMP_BEGIN = 70, 75, 76
-RANKED = 6
-TARGET = Target(Sizes(**asdict(DIMS)), DType.float32, DeviceRef.CPU())
+disable_sdpa = getattr(whisper.model, "disable_sdpa", nullcontext)  # 20231117 has no SDPA
+AUDIO, TEXT = (
+    Target(
+        sizes(**{field.name: getattr(DIMS, field.name) for field in fields(sizes)}),
+        DType.float32,
+        DeviceRef.CPU(),
+    )
+    for sizes in (AudioSizes, TextSizes)
+)
 WEIGHTS = {
-    "encoder": list(TARGET.encoder_weights()),
-    "cross_kv": list(TARGET.cross_kv_weights()),
-    "decoder_prefill": list(TARGET.decoder_weights()),
-    "decoder_step": list(TARGET.decoder_weights()),
-    "decoder_alignment": list(TARGET.decoder_weights()),
+    "encoder": list(AUDIO.encoder_weights()),
+    "cross_kv": list(TEXT.cross_kv_weights()),
+    "decoder_prefill": list(TEXT.decoder_weights()),
+    "decoder_step": list(TEXT.decoder_weights()),
+    "decoder_alignment": list(TEXT.decoder_weights()),
 }
 
 
@@ -63,15 +73,13 @@ class Graphs:
     def execute(self, name: str, *operands: Buffer) -> list[Buffer]:
         """Runs a graph; skips the test where it is not compiled and must not be."""
         if name not in self._loaded:
-            self._loaded[name] = self._load(name)
+            self._load("encoder" if name in ENCODER else "decoder")
         return self._loaded[name].execute(*operands)
 
-    def _load(self, name: str):
-        builder, graph = "whisper_max.graphs.gpu.build:build", name.removeprefix("decoder_")
-        options = {"dtype": "float32", "graphs": graph, "ranked": RANKED, **asdict(DIMS)}
+    def _load(self, part: str) -> None:
         active = settings.active()
-        level = hardware.cpu_level(active.cpu_level)
-        key = ArtifactKey(f"gpu-on-cpu-{graph}", builder, tuple(options.items()), "cpu", level)
+        sizes = (AUDIO if part == "encoder" else TEXT).sizes
+        key = key_of(part, sizes, "float32", "cpu", active.cpu_level)
         policy = "blocking" if self.on_demand else "cached"
         state = compilation.ensure(key, active.cache_dir, policy, limit_seconds=3600)
         if state.name == "missing" and not self.on_demand:
@@ -79,7 +87,7 @@ class Graphs:
         assert state.ready, state.reason
         session = InferenceSession(devices=[CPU()])
         compiled = artifacts.read(key, active.cache_dir)
-        return session.init_all(compiled, weights_registry={})[name]
+        self._loaded.update(session.init_all(compiled, weights_registry={}))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +164,7 @@ def test_the_weights_are_those_of_upstream():
     state = Whisper(DIMS).state_dict()
     shapes = {
         name: tuple(int(size) for size in value.shape)
-        for part in (TARGET.encoder_weights, TARGET.cross_kv_weights, TARGET.decoder_weights)
+        for part in (AUDIO.encoder_weights, TEXT.cross_kv_weights, TEXT.decoder_weights)
         for name, value in part().items()
     }
     assert shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,5 +1,6 @@
 """Fixtures of more than one test file."""
 
+import hypothesis
 import pytest
 
 from whisper_max.runtime import compilation
@@ -7,6 +8,9 @@ from whisper_max.settings import ENVIRONMENT
 
 from compile_tools import Compiling, forget_this_process
 from isolation import unpatched  # noqa: F401
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture

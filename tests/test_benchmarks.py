@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 
 import pytest
 
-from benchmarks import command, places, scenarios
+import whisper_max
+from benchmarks import command, gpu, places, scenarios
 from benchmarks.report import block, page, with_block, write
 from benchmarks.report.readme import BEGIN, END
 from benchmarks.results import load_all, save
+from whisper_max.dimensions_of import dimensions_of
 
 from benchmark_fakes import made_up_results
 
@@ -61,9 +65,43 @@ def test_a_changed_result_changes_page_and_readme(tmp_path):
     assert second == (destination.document.read_text(), destination.readme.read_text())
 
 
-def test_what_cannot_be_measured_on_a_gpu_yet_is_said(capsys):
-    assert command.main(["gpu"]) == command.NOT_YET == 2
-    assert "models on a GPU run on PyTorch" in capsys.readouterr().err
+def test_without_a_gpu_none_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command.main(["gpu"]) == command.REFUSED == 2
+    assert "PyTorch finds no NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_models_for_gpus_only_are_for_gpus_only(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--models", "turbo,tiny"])
+    assert "turbo: only for gpu and gpu-compile" in capsys.readouterr().err
+
+
+def test_both_sides_of_a_gpu_are_compared_in_turns(monkeypatch, tmp_path):
+    """On the CPU and with a model of two small layers; what is called patched falls back."""
+    small = {**dimensions_of("tiny"), "n_audio_layer": 1, "n_text_layer": 1}
+    monkeypatch.setattr(gpu, "dimensions_of", lambda name: small)
+    monkeypatch.setattr(gpu, "_COPIED", 1 << 20)
+    monkeypatch.setenv("WHISPER_MAX_CACHE_DIR", str(tmp_path / "none"))
+    patched = whisper_max.patched
+    monkeypatch.setattr(
+        gpu.whisper_max, "patched", lambda **options: patched(**{**options, "compile": "cached"})
+    )
+    lines = []
+    path = tmp_path / "results" / "device.json"
+    results = gpu.run(["tiny"], "cpu", path, lines.append, rounds=2, tokens=4)
+    names = [found.operation for found in results.comparisons]
+    assert names == [
+        "encoder", "step, all logits", "step, in the loop", "window", "window, 5 beams"
+    ]
+    for found in results.comparisons:
+        assert len(found.plain) == len(found.patched) == 2
+        assert any("are not compiled" in reason for reason in found.reasons)
+        assert found.identical is (True if found.operation.startswith("window") else None)
+    assert json.loads(path.read_text())["comparisons"] == [
+        dataclasses.asdict(found) for found in results.comparisons
+    ]
+    assert len(lines) == 2 + 5 and "same tokens  PyTorch: " in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def test_matrix_covers_every_combination_that_can_be_installed():
     }
     assert {name for name in environments() if name.startswith("py")} == expected
     assert [name for name in environments() if not name.startswith("py")] == [
+        "system-torch",
         *(name.removeprefix("testenv:") for name in expand(THIRD_PARTY)),
         "long",
     ]

@@ -110,22 +110,17 @@ class _StandIn:
 
     def __call__(self, mel: Tensor, tokens: Tensor) -> Tensor:
         """Logits, shape = (1, tokens, n_vocab); the hooks get the scores of the alignment heads."""
-        from .runtime.decoder_session import DecoderSession
-        from .runtime.engine import Scores
+        from .runtime import paths
 
         features = self.model.encoder(mel)
         refuse(decoder_reasons(self.model.decoder, tokens, features))
-        session = DecoderSession(self.model.decoder, features, 1, settings.active())
-        slots = [[-1] * session.heads for _ in range(session.layers)]
+        session = paths.open_session(self.model.decoder, features, 1, settings.active())
         heads = self.alignment_heads.indices().T.tolist()
-        for slot, (layer, head) in enumerate(heads):
-            slots[layer][head] = slot
-        count = tokens.shape[1]
-        logits, scores = session.step_with_scores(tokens, range(count), Scores(slots))
-        shape = (1, session.heads, count, features.shape[1])
+        logits, scores = session.align(tokens, heads)
+        shape = (1, self.model.decoder.blocks[0].cross_attn.n_head, *scores.shape[1:])
         by_layer = {layer: scores.new_zeros(shape) for layer, _ in heads}
         for slot, (layer, head) in enumerate(heads):
-            by_layer[layer][0, head] = scores[slot, :, : features.shape[1]]
+            by_layer[layer][0, head] = scores[slot]
         for layer, qk in by_layer.items():
             if layer in self._hooks:
                 self._hooks[layer](None, None, (None, qk))

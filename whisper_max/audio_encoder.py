@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from whisper.model import AudioEncoder
 
-from . import activation, on_one_thread, settings
+from . import activation, settings
 from .activation import originals
 from .changed_parts import encoder_changes
 from .class_swap import SwappedModule
-from .conditions import context_reasons, mel_reasons, tensor_reasons
+from .conditions import (
+    context_reasons, device_of, device_reasons, mel_reasons, tensor_reasons
+)
 from .dispatch import refuse, run
 from .shadow import tensors_differ
 
@@ -48,16 +50,11 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
         model_state.drop(self)
 
     def _on_max(self, mel: Tensor) -> Tensor:
-        from .runtime import model_state
+        from .runtime import paths
 
-        refuse(context_reasons(self))
-        refuse([*tensor_reasons("mel", mel), *encoder_changes(self)])
+        active = settings.active()
+        device = device_of(self)
+        refuse(context_reasons(self) or device_reasons(device, active.device))
+        refuse([*tensor_reasons("mel", mel, device), *encoder_changes(self)])
         refuse(mel_reasons(mel, self.conv1.weight.shape[1], 2 * len(self.positional_embedding)))
-        state = model_state.state_of(self, "encoder")
-        ready = state.ready(self, settings.active())
-        features = state.features.find(ready, mel)
-        if features is None:
-            features = ready.engine.encode(ready.packed[0], mel)
-            if len(mel) == 1:  # upstream encodes single windows again; batches are large
-                state.features.keep(ready, mel, features)
-        return on_one_thread.copy(features)  # the caller's own, to change as it likes
+        return paths.encode(self, mel, active)

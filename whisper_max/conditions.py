@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# Of the tensors that the graphs take, by the kind of device. Float16 is upstream's on a GPU.
+_DTYPES = {"cpu": ("torch.float32",), "cuda": ("torch.float16", "torch.float32")}
+
+
 class UnsupportedByMax(RuntimeError):
     """A call cannot run on MAX; the message has every reason.
 
@@ -24,17 +28,46 @@ class UnsupportedByMax(RuntimeError):
     """
 
 
-def tensor_reasons(name: str, tensor: object) -> list[str]:
-    """Reasons against taking this as mel spectrograms or audio features, whatever its shape."""
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are; the CPU, where it has none."""
+    import torch
+
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def device_reasons(device: torch.device, wanted: str | None) -> list[str]:
+    """Reasons against running a model that is on this device.
+
+    wanted : the setting `device`
+    """
+    if device.type not in ("cpu", "cuda"):
+        return [f"the model is on {device}"]
+    if wanted not in (None, device.type):
+        return [f"the model is on {device}, and device is {wanted!r}"]
+    if device.type == "cuda" and wanted is None:
+        return [
+            f"the model is on {device}: the graphs for GPUs have never run on one, "
+            "and patch(device='cuda') has to ask for them"
+        ]
+    return []
+
+
+def tensor_reasons(name: str, tensor: object, device: torch.device) -> list[str]:
+    """Reasons against taking this as mel spectrograms or audio features, whatever its shape.
+
+    device : where the model is
+    """
     import torch
 
     if type(tensor) is not torch.Tensor:
         return [f"{name} is a {type(tensor).__name__}, not a plain tensor"]
     reasons = []
-    if tensor.device.type != "cpu":
+    if tensor.device != device:
         reasons.append(f"{name} is on {tensor.device}")
-    if tensor.dtype is not torch.float32:
-        reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not float32")
+    dtypes = _DTYPES[device.type]
+    if str(tensor.dtype) not in dtypes:
+        names = " or ".join(dtype.removeprefix("torch.") for dtype in dtypes)
+        reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not {names}")
     if tensor.layout is not torch.strided:
         reasons.append(f"{name} has the layout {tensor.layout}")
     if torch.is_grad_enabled() and tensor.requires_grad:
@@ -71,13 +104,15 @@ def features_reasons(features: torch.Tensor, n_audio_state: int) -> list[str]:
     return []
 
 
-def tokens_reasons(tokens: object, n_text_ctx: int, n_vocab: int) -> list[str]:
-    """Reasons against decoding these tokens, shape = (rows, count)."""
+def tokens_reasons(
+    tokens: object, n_text_ctx: int, n_vocab: int, device: torch.device
+) -> list[str]:
+    """Reasons against decoding these tokens, shape = (rows, count), with a model on a device."""
     import torch
 
     if type(tokens) is not torch.Tensor:
         return [f"tokens are a {type(tokens).__name__}, not a plain tensor"]
-    if tokens.device.type != "cpu":
+    if tokens.device != device:
         return [f"tokens are on {tokens.device}"]
     if tokens.dtype not in (torch.int64, torch.int32):
         return [f"tokens are {tokens.dtype}"]
@@ -98,8 +133,9 @@ def context_reasons(module: nn.Module) -> list[str]:
     from torch.fx import _symbolic_trace
     from torch.nn.modules import module as torch_module
 
+    kind = device_of(module).type
     reasons = {
-        "autocast is on": torch.is_autocast_enabled("cpu"),
+        "autocast is on": torch.is_autocast_enabled(kind if kind in _DTYPES else "cpu"),
         "the call is being traced": torch.jit.is_tracing()
         or torch.jit.is_scripting()
         or _symbolic_trace._is_fx_tracing_flag,
@@ -140,13 +176,16 @@ def bypass_reasons(name: str, module: nn.Module) -> list[str]:
     return reasons
 
 
-def parameter_reasons(parameters: Iterable[torch.Tensor]) -> list[str]:
-    """Reasons that lie in the parameters: where they are, and what they are."""
+def parameter_reasons(parameters: Iterable[torch.Tensor], device: torch.device) -> list[str]:
+    """Reasons that lie in the parameters: where they are, and what they are.
+
+    device : where they all should be
+    """
     import torch
 
     reasons: dict[str, None] = {}
     for tensor in parameters:
-        if tensor.device.type != "cpu":
+        if tensor.device != device:
             reasons[f"the model is on {tensor.device}"] = None
         elif tensor.dtype is not torch.float32:
             reasons[f"the parameters are {str(tensor.dtype).removeprefix('torch.')}"] = None
@@ -167,7 +206,8 @@ def value_reasons(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     for name, tensor in tensors.items():
         if name == "mask":
             n_text_ctx = len(tensors["positional_embedding"])
-            causal = torch.full((n_text_ctx, n_text_ctx), -torch.inf, device="cpu").triu_(1)
+            shape = (n_text_ctx, n_text_ctx)
+            causal = torch.full(shape, -torch.inf, device=tensor.device).triu_(1)
             if tensor.ndim != 2 or not torch.equal(tensor[:n_text_ctx, :n_text_ctx], causal):
                 reasons.append("mask is not the causal one")
         # The sum is quick, and not finite where a number is not: seldom otherwise.

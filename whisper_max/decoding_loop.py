@@ -23,8 +23,7 @@ from .on_one_thread import only_this_thread
 from .selection import Rules, foreign_filters, in_stock_order
 
 if TYPE_CHECKING:
-    from .runtime.decoder_session import DecoderSession
-    from .runtime.engine import Selection
+    from .runtime.paths import Session
 
 Decoded = tuple[Tensor, Tensor, list[float]]
 
@@ -69,19 +68,28 @@ class _Before:
         self._task = task
         self._begun = False
         self._generator: Tensor | None = None
+        self._device = torch.device("cpu")
 
-    def keep(self) -> None:
-        """Now MAX begins to choose tokens."""
+    def keep(self, device: torch.device) -> None:
+        """Now MAX begins to choose tokens, drawing them from this device's generator if at all."""
         self._begun = True
         if isinstance(self._task.decoder, GreedyDecoder) and self._task.decoder.temperature != 0:
-            self._generator = torch.get_rng_state()
+            self._device = device
+            self._generator = _generator(device).get_state()
 
     def restore(self) -> None:
         """Puts back what MAX has changed, if it has."""
         if self._begun:
             self._task.decoder.reset()
         if self._generator is not None:
-            torch.set_rng_state(self._generator)
+            _generator(self._device).set_state(self._generator)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Where PyTorch draws a device's random numbers from."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
 
 
 def _on_max(
@@ -103,7 +111,7 @@ def _on_max(
 def _decode(
     task: DecodingTask,
     before: _Before,
-    session: DecoderSession,
+    session: Session,
     audio_features: Tensor,
     tokens: Tensor,
 ) -> Decoded:
@@ -114,17 +122,17 @@ def _decode(
     if task.tokenizer.no_speech is not None:
         probs_at_sot = logits[:, 0].softmax(dim=-1)
         no_speech_probs = probs_at_sot[:, task.tokenizer.no_speech].tolist()
-    before.keep()
+    before.keep(tokens.device)
     tokens, completed = _upstream_step(task, logits[:, 1].clone(), tokens, sum_logprobs)
     if completed or tokens.shape[1] > task.n_ctx or task.sample_len == 1:
         return tokens, sum_logprobs, no_speech_probs
-    if isinstance(task.decoder, BeamSearchDecoder):
-        tokens = _beam_search(task, session, tokens, sum_logprobs)
-    elif task.decoder.temperature == 0:
-        tokens = _greedy(task, session, tokens, sum_logprobs)
-    else:
+    if isinstance(task.decoder, GreedyDecoder) and task.decoder.temperature != 0:
         tokens = _sample(task, session, tokens, sum_logprobs)
-    return tokens, sum_logprobs, no_speech_probs
+        return tokens, sum_logprobs, no_speech_probs
+    loop = _beam_search if isinstance(task.decoder, BeamSearchDecoder) else _greedy
+    sums = sum_logprobs.cpu()  # itself, on the CPU
+    tokens = loop(task, session, tokens, sums.numpy())
+    return tokens, sum_logprobs.copy_(sums), no_speech_probs
 
 
 def _upstream_step(
@@ -137,7 +145,7 @@ def _upstream_step(
 
 
 def _sample(
-    task: DecodingTask, session: DecoderSession, tokens: Tensor, sum_logprobs: Tensor
+    task: DecodingTask, session: Session, tokens: Tensor, sum_logprobs: Tensor
 ) -> Tensor:
     """Temperature above 0: upstream draws from torch's generator, from its own filtered logits."""
     for _ in range(1, task.sample_len):
@@ -149,13 +157,12 @@ def _sample(
 
 
 def _greedy(
-    task: DecodingTask, session: DecoderSession, tokens: Tensor, sum_logprobs: Tensor
+    task: DecodingTask, session: Session, tokens: Tensor, sums: np.ndarray
 ) -> Tensor:
-    """`GreedyDecoder.update` at temperature 0, step by step."""
+    """`GreedyDecoder.update` at temperature 0, step by step; changes `sums`."""
     rules, eot = Rules.of(task), task.decoder.eot
     rows = tokens.tolist()
-    sums = sum_logprobs.numpy()  # the caller's own memory
-    selection = _selection(rules, 1, len(rows))
+    selection = session.selection(rules.suppressed, rules.n_vocab, 1)
     for _ in range(1, task.sample_len):
         last = [row[-1] for row in rows]
         logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
@@ -170,14 +177,13 @@ def _greedy(
 
 
 def _beam_search(
-    task: DecodingTask, session: DecoderSession, tokens: Tensor, sum_logprobs: Tensor
+    task: DecodingTask, session: Session, tokens: Tensor, sums: np.ndarray
 ) -> Tensor:
-    """`BeamSearchDecoder.update`, step by step; beams move by exchanging row numbers."""
+    """`BeamSearchDecoder.update`, step by step, with `sums`; beams exchange row numbers."""
     decoder, rules = task.decoder, Rules.of(task)
     size, eot = decoder.beam_size, decoder.eot
     rows = [tuple(row) for row in tokens.tolist()]
-    sums = sum_logprobs.numpy()  # the caller's own memory
-    selection = _selection(rules, size + 1, len(rows))
+    selection = session.selection(rules.suppressed, rules.n_vocab, size + 1)
     for _ in range(1, task.sample_len):
         last = [row[-1] for row in rows]
         logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
@@ -222,12 +228,6 @@ def _refuse_not_a_number(logprobs: np.ndarray) -> None:
     """Leaves a decode to PyTorch where everything is suppressed, or logits are not numbers."""
     if np.isnan(logprobs).any():
         refuse(["log probabilities are not numbers"])
-
-
-def _selection(rules: Rules, count: int, rows: int) -> Selection:
-    from .runtime.engine import Selection
-
-    return Selection(list(rules.suppressed), rules.n_vocab, count, rows)
 
 
 def _reasons(task: DecodingTask) -> list[str]:

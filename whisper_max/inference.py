@@ -19,7 +19,7 @@ from .text_decoder import decoder_reasons
 if TYPE_CHECKING:
     from whisper.model import Whisper
 
-    from .runtime.decoder_session import DecoderSession
+    from .runtime.paths import Session
 
 UpstreamInference: type[PyTorchInference] = originals.get(
     "whisper.decoding.PyTorchInference", PyTorchInference
@@ -36,7 +36,7 @@ class MaxInference(UpstreamInference):
     def __init__(self, model: Whisper, initial_token_length: int) -> None:
         super().__init__(model, initial_token_length)
         live_models.adopt(model)
-        self.session: DecoderSession | None = None
+        self.session: Session | None = None
         self._torch_reasons: list[str] | None = None
         self._features: Tensor | None = None
         self._decoded: Tensor | None = None
@@ -91,11 +91,11 @@ class MaxInference(UpstreamInference):
 
     def start(self, tokens: Tensor, audio_features: Tensor) -> None:
         """Opens the session of this decode; raises UnsupportedByMax with the reasons against it."""
-        from .runtime.decoder_session import DecoderSession
+        from .runtime import paths
 
         refuse(inference_reasons(self, tokens, audio_features))
         with out_of_memory_is_unsupported():
-            self.session = DecoderSession(
+            self.session = paths.open_session(
                 self.model.decoder, audio_features, len(tokens), settings.active()
             )
         self._features = audio_features
@@ -127,7 +127,8 @@ class MaxInference(UpstreamInference):
             if rows != session.rows:
                 refuse([f"the decode began with {session.rows} rows and goes on with {rows}"])
         n_vocab = len(self.model.decoder.token_embedding.weight)
-        refuse(tokens_reasons(tokens, tokens.shape[-1], n_vocab))
+        device = self._features.device
+        refuse(tokens_reasons(tokens, tokens.shape[-1], n_vocab, device))
         new = tokens if tokens.shape[-1] <= self.initial_token_length else tokens[:, -1:]
         if decoded is None:
             logits = session.prefill(new, range(new.shape[1]))

@@ -2,7 +2,7 @@
 
 PyTorch hands anything of more than some ten thousand numbers to its own threads. Right after a
 graph MAX's are still waiting for work on all CPUs, so that PyTorch's wait for theirs: milliseconds,
-where one thread needs a tenth of one. All tensors here are plain ones on the CPU.
+where one thread needs a tenth of one.
 """
 
 from __future__ import annotations
@@ -43,26 +43,25 @@ _pytorch = ctypes.CDLL(torch._C.__file__)  # and the OpenMP library that PyTorch
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no number is infinite or NaN; the tensor is not empty."""
-    numbers = _numbers(tensor)
-    # Extremes of numbers with a NaN among them are NaN.
-    return bool(np.isfinite(numbers.max()) and np.isfinite(numbers.min()))
+    with only_this_thread():
+        # Extremes of numbers with a NaN among them are NaN.
+        return all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
 
 
 def copy(tensor: Tensor) -> Tensor:
     """The same numbers in memory of its own."""
-    return torch.from_numpy(_numbers(tensor).copy())
+    with only_this_thread():
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """`torch.equal`."""
-    return np.array_equal(_numbers(one), _numbers(other))
+    """`torch.equal`; on the CPU NumPy's, which is five times as fast on one thread."""
+    if one.device.type == other.device.type == "cpu":
+        return np.array_equal(*(tensor.detach().resolve_neg().numpy() for tensor in (one, other)))
+    return torch.equal(one, other)
 
 
 def longest_row(tensor: Tensor) -> float:
     """The greatest Euclidean length of a vector along the last axis, in the tensor's precision."""
-    numbers = _numbers(tensor)
-    return float(np.sqrt(np.einsum("...i,...i->...", numbers, numbers).max()))
-
-
-def _numbers(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().resolve_neg().numpy()
+    with only_this_thread():
+        return tensor.detach().norm(dim=-1).max().item()

@@ -39,7 +39,8 @@ def patch(
     """Make openai-whisper run on MAX, in this process, until unpatch().
 
     precision : "high", "highest", "medium" or "int8"
-    device : accelerate only models on "cpu" or "cuda"; default: wherever the model lives
+    device : accelerate only models on "cpu" or "cuda"; default: those on the CPU, since the
+        graphs for GPUs have never run on one
     compile : "background", "blocking" or "cached"
     mode : "auto", "strict", "shadow" or "off"
     targets : which parts to patch, of `settings.TARGETS`; default: all

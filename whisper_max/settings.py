@@ -7,7 +7,7 @@
 | compile   | background · blocking · cached           | WHISPER_MAX_COMPILE   |
 | cache_dir | the user's cache folder / whisper_max    | WHISPER_MAX_CACHE_DIR |
 | cpu_level | as the CPU can · baseline · avx512 · amx | WHISPER_MAX_CPU       |
-| device    | wherever the model lives · cpu · cuda    |                       |
+| device    | the CPU · cpu · cuda                     |                       |
 | targets   | all, or a sequence of `TARGETS`          |                       |
 
 An explicit argument wins over the environment, the environment over the default.
@@ -54,7 +54,7 @@ class Settings:
     mode : what happens when a call cannot run on MAX (`MODES`)
     precision : the arithmetic of the matrix products (`PRECISIONS`)
     compile : when graphs are compiled (`COMPILE_POLICIES`)
-    device : only models on this device are accelerated; None for wherever the model lives
+    device : only models on this device are accelerated; None for those on the CPU
     targets : the rows of the patch table to apply, in the table's order; None for all of them
     cache_dir : absolute path of the folder for compiled graphs
     cpu_level : the highest CPU feature level to use (`CPU_LEVELS`); None for what the CPU has

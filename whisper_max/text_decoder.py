@@ -10,7 +10,9 @@ from . import activation, settings
 from .activation import originals
 from .changed_parts import decoder_changes
 from .class_swap import SwappedModule
-from .conditions import context_reasons, features_reasons, tensor_reasons, tokens_reasons
+from .conditions import (
+    context_reasons, device_of, device_reasons, features_reasons, tensor_reasons, tokens_reasons
+)
 from .dispatch import refuse, run
 from .shadow import tensors_differ
 
@@ -51,27 +53,28 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
         model_state.drop(self)
 
     def _on_max(self, tokens: Tensor, features: Tensor, kv_cache: dict | None) -> Tensor:
-        from .runtime.decoder_session import DecoderSession
+        from .runtime import paths
 
         if kv_cache is not None:
             refuse(["the call brings its own kv_cache"])
         refuse(decoder_reasons(self, tokens, features))
-        session = DecoderSession(self, features, len(tokens), settings.active())
+        session = paths.open_session(self, features, len(tokens), settings.active())
         rows, count = tokens.shape
         return session.step(tokens, range(rows * count)).view(rows, count, -1)
 
 
 def decoder_reasons(decoder: TextDecoder, tokens: Tensor, features: Tensor) -> list[str]:
     """Reasons against decoding these tokens with these audio features on MAX."""
-    reasons = context_reasons(decoder) or [
-        *tensor_reasons("audio features", features),
+    device = device_of(decoder)
+    reasons = context_reasons(decoder) or device_reasons(device, settings.active().device) or [
+        *tensor_reasons("audio features", features, device),
         *decoder_changes(decoder),
     ]
     if reasons:
         return reasons
     n_text_ctx, n_state = decoder.positional_embedding.shape
     reasons = [
-        *tokens_reasons(tokens, n_text_ctx, len(decoder.token_embedding.weight)),
+        *tokens_reasons(tokens, n_text_ctx, len(decoder.token_embedding.weight), device),
         *features_reasons(features, n_state),
     ]
     if not reasons and len(features) not in (1, len(tokens)):

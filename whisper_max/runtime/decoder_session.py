@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ class DecoderSession:
         self.layers = len(decoder.blocks)
         self.heads = decoder.blocks[0].attn.n_head
         self.rows = rows
-        features = _distinct(features)
+        self._frames = features.shape[1]
+        features = distinct(features)
         if self._ready.cross is torch.float16 and weights.may_overflow(self._ready.reach, features):
             refuse(["cross-attention keys or values may be beyond float16"])
         cross = state.cross.find(self._ready, features)
@@ -79,6 +80,26 @@ class DecoderSession:
             scores,
         )
 
+    def align(
+        self, tokens: Tensor, heads: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """A whole text, shape = (1, count), and what chosen heads of cross attention look at.
+
+        heads : (layer, head) each
+
+        Returns logits, shape = (count, n_vocab), and raw scores, shape = (heads, count,
+        n_audio_ctx).
+        """
+        slots = [[-1] * self.heads for _ in range(self.layers)]
+        for slot, (layer, head) in enumerate(heads):
+            slots[layer][head] = slot
+        logits, scores = self.step_with_scores(tokens, range(tokens.shape[1]), Scores(slots))
+        return logits, scores[:, :, : self._frames]
+
+    def selection(self, suppressed: Sequence[int], n_vocab: int, count: int) -> Selection:
+        """What `select` chooses by, see `Selection`."""
+        return Selection(suppressed, n_vocab, count, self.rows)
+
     def select(
         self, tokens: list[int], selection: Selection, rules: list[list[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +138,7 @@ class DecoderSession:
         self._state.reorder(parents)
 
 
-def _distinct(features: Tensor) -> Tensor:
+def distinct(features: Tensor) -> Tensor:
     """One window where all are the same, as upstream repeats them for beams; else all of them."""
     if len(features) > 1 and bool((features[1:] == features[:1]).all()):
         return features[:1]

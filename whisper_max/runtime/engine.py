@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from max.driver import CPU, Buffer
@@ -124,9 +126,9 @@ class Selection:
     rows : rows of a step
     """
 
-    def __init__(self, suppressed: list[int], n_vocab: int, count: int, rows: int) -> None:
+    def __init__(self, suppressed: Sequence[int], n_vocab: int, count: int, rows: int) -> None:
         mask = np.zeros(n_vocab, np.float32)
-        mask[suppressed] = MASKED
+        mask[list(suppressed)] = MASKED
         self.count = count
         self.mask = Buffer.from_numpy(mask)
         self.ranks = int32([0] * count)

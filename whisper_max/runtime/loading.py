@@ -6,6 +6,8 @@ import ctypes
 import logging
 import os
 import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -13,13 +15,19 @@ from .. import report
 from ..conditions import UnsupportedByMax
 from ..settings import Settings
 from . import artifacts, compilation, hardware
+from .artifact_key import ArtifactKey
 from .cache_folder import CacheRefused
 from .engine import Engine
 from .storage import Arithmetic, keys_of
 
+if TYPE_CHECKING:
+    from max.engine import CompiledModel
+
 logger = logging.getLogger("whisper_max")
 
-_engines: dict[str, Engine] = {}
+Loaded = TypeVar("Loaded")
+
+_engines: dict[tuple[str, str], Any] = {}  # by artifact and device
 _guard = threading.Lock()
 _process = os.getpid()
 _libc = ctypes.CDLL(None)  # opened here: after a fork, the loader's lock may be held for ever
@@ -37,8 +45,8 @@ def _after_fork() -> None:
     torch.set_num_threads(1)
     if hasattr(_libc, "on_exit"):  # glibc
         _libc.on_exit(_libc._exit, None)  # after Python's own end, before MAX's; keeps the status
-    for loaded in _engines.values():
-        for graph in loaded.graphs.values():
+    for kept in _engines.values():
+        for graph in kept.graphs.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
 
 
@@ -56,9 +64,28 @@ def engine(arithmetic: Arithmetic, settings: Settings) -> Engine:
 
     Raises UnsupportedByMax with the reason while there is none.
     """
-    refuse_after_fork()
     keys = keys_of(arithmetic, settings.cpu_level)
-    wanted = keys[0].digest
+    return loaded(
+        keys, settings, "cpu", Engine, lambda key: f"cpu ({key.cpu_level}, {hardware.cpu_model()})"
+    )
+
+
+def loaded(
+    keys: Sequence[ArtifactKey],
+    settings: Settings,
+    device: str,
+    load: Callable[[CompiledModel], Loaded],
+    describe: Callable[[ArtifactKey], str],
+) -> Loaded:
+    """The first of some artifacts, loaded for a device; compiled or not, as the settings say.
+
+    load : makes of the artifact what is kept; it has `graphs`, the loaded ones by name
+    describe : the device, for the status
+
+    Raises UnsupportedByMax with the reason while there is none.
+    """
+    refuse_after_fork()
+    wanted = keys[0].digest, device
     found = _engines.get(wanted)
     if found is not None:
         return found
@@ -73,8 +100,8 @@ def engine(arithmetic: Arithmetic, settings: Settings) -> Engine:
                 compiled = artifacts.read(key, settings.cache_dir)
                 if compiled is None:
                     raise UnsupportedByMax(f"the graphs of {key.label} could not be read")
-                _engines[wanted] = Engine(compiled)
-                report.set_device(f"cpu ({key.cpu_level}, {hardware.cpu_model()})")
+                _engines[wanted] = load(compiled)
+                report.set_device(describe(key))
             return _engines[wanted]
     except CacheRefused as refused:
         raise UnsupportedByMax(str(refused)) from refused

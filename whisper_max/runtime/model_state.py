@@ -7,7 +7,7 @@ follows the module's weights: when those change, it is made anew.
 from __future__ import annotations
 
 import threading
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -36,6 +36,10 @@ class Ready(NamedTuple):
     packed: tuple[list[Buffer], ...]
     cross: torch.dtype
     reach: tuple[float, float]
+
+    def encode(self, mel: Tensor) -> Tensor:
+        """mel, shape = (batch, n_mels, 2 * n_audio_ctx), -> (batch, n_audio_ctx, n_state)."""
+        return self.engine.encode(self.packed[0], mel)
 
 
 Kept = TypeVar("Kept")
@@ -93,6 +97,28 @@ class _Seen:
         )
 
 
+class Watch:
+    """A module's tensors as they were when it was last looked at."""
+
+    def __init__(self) -> None:
+        self._seen: list[_Seen] = []
+
+    def unchanged(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these, by name, are the same objects with the same contents."""
+        return len(tensors) == len(self._seen) and all(
+            seen.is_still(name, tensor)
+            for (name, tensor), seen in zip(tensors.items(), self._seen)
+        )
+
+    def note(self, tensors: Mapping[str, Tensor]) -> None:
+        """These are as they should be."""
+        self._seen = [_Seen(name, tensor) for name, tensor in tensors.items()]
+
+    def forget(self) -> None:
+        """Until `note`, whatever comes is a change."""
+        self._seen = []
+
+
 class ModelState:
     """Packed weights of one module, checked against its parameters at every use."""
 
@@ -101,7 +127,7 @@ class ModelState:
         self.features: Memo[Tensor] = Memo()
         self.cross: Memo[CrossCache] = Memo()
         self._guard = threading.Lock()
-        self._seen: list[_Seen] = []
+        self._watch = Watch()
         self._arithmetic: Arithmetic | None = None
         self._precision = ""
         self._reasons: list[str] = []
@@ -113,43 +139,35 @@ class ModelState:
         Raises UnsupportedByMax while there is no engine, or where the parameters are not such
         that the kernels could take them.
         """
-        if settings.device == "cuda":
-            refuse(["device is 'cuda', and there are graphs for the CPU only"])
         with self._guard:
-            if settings.precision != self._precision or not self._unchanged(module):
-                self._look_at(module, settings.precision)
+            tensors = tensors_of(module)
+            if settings.precision != self._precision or not self._watch.unchanged(tensors):
+                self._look_at(tensors, settings.precision)
             refuse(self._reasons)
             engine = loading.engine(self._arithmetic, settings)
             if self._ready is None or self._ready.engine is not engine:
-                self._ready = self._pack(module, engine)
+                self._ready = self._pack(tensors, engine)
             return self._ready
 
-    def _unchanged(self, module: nn.Module) -> bool:
-        now = _tensors(module)
-        return len(now) == len(self._seen) and all(
-            seen.is_still(name, tensor) for (name, tensor), seen in zip(now.items(), self._seen)
-        )
-
-    def _look_at(self, module: nn.Module, precision: str) -> None:
+    def _look_at(self, tensors: Mapping[str, Tensor], precision: str) -> None:
         """Notes the parameters as they are, and how they are to be held."""
-        self._ready, self._arithmetic, self._seen, self._precision = None, None, [], ""
+        self._ready, self._arithmetic, self._precision = None, None, ""
+        self._watch.forget()
         self.features.drop()
         self.cross.drop()
-        tensors = _tensors(module)
-        refuse(parameter_reasons(tensors.values()))
+        refuse(parameter_reasons(tensors.values(), torch.device("cpu")))
         matrices = list(weights.matrices(tensors))
         exact = precision in ("medium", "int8") or weights.exact_in_float16(matrices)
         self._arithmetic = arithmetic_of(precision, exact)
         self._reasons = value_reasons(tensors)
         if precision == "medium":
             self._reasons += float16_reasons(matrices)
-        self._seen = [_Seen(name, tensor) for name, tensor in tensors.items()]
+        self._watch.note(tensors)
         self._precision = precision
 
-    def _pack(self, module: nn.Module, engine: Engine) -> Ready:
+    def _pack(self, tensors: Mapping[str, Tensor], engine: Engine) -> Ready:
         storage = getattr(torch, self._arithmetic.weight)
         cross = getattr(torch, self._arithmetic.cross)
-        tensors = _tensors(module)
         with torch.no_grad():
             if self.kind == "encoder":
                 return Ready(engine, (weights.pack_encoder(tensors, storage),), cross, (0.0, 0.0))
@@ -158,18 +176,27 @@ class ModelState:
             return Ready(engine, packed, cross, reach)
 
 
-_states: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
+State = TypeVar("State")
+
+_states: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 _states_guard = threading.Lock()
 
 
-def state_of(module: nn.Module, kind: str) -> ModelState:
+def state_of(
+    module: nn.Module, kind: str, make: Callable[[str], State] = ModelState
+) -> State:
     """The state of an "encoder" or "decoder"; made at first use, gone with the module.
+
+    make : the class of the state; one of another class is of a device where the module was before
 
     Raises UnsupportedByMax in a forked process.
     """
     loading.refuse_after_fork()  # before any lock: a thread that is not here may hold it
     with _states_guard:
-        return _states.setdefault(module, ModelState(kind))
+        state = _states.get(module)
+        if type(state) is not make:
+            state = _states[module] = make(kind)
+        return state
 
 
 def drop(module: nn.Module) -> None:
@@ -185,7 +212,7 @@ def drop_all(keep: Container[nn.Module]) -> None:
             del _states[module]
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name: what a state_dict is made of, without its hooks."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),

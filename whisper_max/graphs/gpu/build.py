@@ -8,30 +8,38 @@ from max.graph import DeviceRef, Graph, Module
 from .cross_kv import cross_kv
 from .decoder import decoder_alignment, decoder_prefill, decoder_step
 from .encoder import encoder
-from .specification import Sizes, Target
+from .specification import AudioSizes, Target, TextSizes
 
-GRAPHS = ("encoder", "cross_kv", "prefill", "step", "alignment")
+ENCODER = ("encoder",)
+DECODER = ("cross_kv", "prefill", "step", "alignment")
 DTYPES = ("float16", "bfloat16", "float32")
 
 
 def build(
-    *, device: str, cpu_level: str, dtype: str, graphs: str, ranked: int, **sizes: int
+    *, device: str, cpu_level: str, dtype: str, graphs: str, ranked: int = 1, **sizes: int
 ) -> Graph:
     """Some graphs in one module; returns the last, which stands for the module.
 
     device : "cuda:" and the architecture; or "cpu", to check the arithmetic
     cpu_level : of no consequence here
     dtype : one of DTYPES
-    graphs : of GRAPHS, with commas between
+    graphs : of ENCODER or of DECODER, with commas between
     ranked : how many tokens of each row a step ranks: one more than there are beams
-    sizes : the fields of `Sizes`
+    sizes : the fields of `AudioSizes`, for the encoder, or of `TextSizes`
 
-    Raises ValueError for a dtype or a graph that there is not.
+    Raises ValueError for a dtype or a graph that there is not, and for graphs of both.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; there are {', '.join(DTYPES)}")
+    names = graphs.split(",")
+    known = ENCODER if names[0] in ENCODER else DECODER
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no graph {unknown[0]!r} beside {', '.join(known)}")
     target = Target(
-        Sizes(**sizes), DType[dtype], DeviceRef.CPU() if device == "cpu" else DeviceRef.GPU(0)
+        (AudioSizes if known is ENCODER else TextSizes)(**sizes),
+        DType[dtype],
+        DeviceRef.CPU() if device == "cpu" else DeviceRef.GPU(0),
     )
     builders = {
         "encoder": encoder,
@@ -40,10 +48,6 @@ def build(
         "step": lambda module, target: decoder_step(module, target, ranked),
         "alignment": decoder_alignment,
     }
-    names = graphs.split(",")
-    unknown = [name for name in names if name not in builders]
-    if unknown:
-        raise ValueError(f"no graph {unknown[0]!r}; there are {', '.join(GRAPHS)}")
     module = Module()
     for name in names:
         last = builders[name](module, target)

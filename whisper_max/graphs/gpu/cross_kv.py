@@ -28,7 +28,7 @@ def cross_kv(module: Module, target: Target) -> Graph:
     """
     sizes, weights = target.sizes, target.cross_kv_weights()
     caches = [BufferType(t.dtype, t.shape, t.device) for t in cross_types(target)]
-    features_type = target.tensor("windows", sizes.n_audio_ctx, sizes.n_audio_state)
+    features_type = target.tensor("windows", sizes.n_audio_ctx, sizes.n_text_state)
     graph = Graph(
         "cross_kv", input_types=[*caches, features_type, *weights.values()], module=module
     )

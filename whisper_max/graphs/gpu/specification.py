@@ -16,14 +16,24 @@ from ..specification import HEAD_DIM
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """`ModelDimensions` of openai-whisper, under its names."""
+class AudioSizes:
+    """What the encoder's graph needs of `ModelDimensions` of openai-whisper, under its names."""
 
     n_mels: int
     n_audio_ctx: int
     n_audio_state: int
     n_audio_head: int
     n_audio_layer: int
+
+    def __post_init__(self) -> None:
+        _check_heads("audio", self.n_audio_state, self.n_audio_head)
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """What the decoder's graphs need. Audio features are as wide as the text's states."""
+
+    n_audio_ctx: int
     n_vocab: int
     n_text_ctx: int
     n_text_state: int
@@ -31,17 +41,14 @@ class Sizes:
     n_text_layer: int
 
     def __post_init__(self) -> None:
-        for part in ("audio", "text"):
-            state, heads = getattr(self, f"n_{part}_state"), getattr(self, f"n_{part}_head")
-            if state != heads * HEAD_DIM:
-                raise ValueError(
-                    f"n_{part}_state is {state} with {heads} heads; heads of {HEAD_DIM} are needed"
-                )
-        if self.n_audio_state != self.n_text_state:
-            raise ValueError(
-                f"n_audio_state is {self.n_audio_state} and n_text_state {self.n_text_state}; "
-                "cross attention needs them equal"
-            )
+        _check_heads("text", self.n_text_state, self.n_text_head)
+
+
+def _check_heads(part: str, state: int, heads: int) -> None:
+    if state != heads * HEAD_DIM:
+        raise ValueError(
+            f"n_{part}_state is {state} with {heads} heads; heads of {HEAD_DIM} are needed"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Target:
     dtype : of products, activations and matrices; norms, softmax and log-softmax are float32
     """
 
-    sizes: Sizes
+    sizes: AudioSizes | TextSizes
     dtype: DType
     device: DeviceRef
 

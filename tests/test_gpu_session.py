@@ -1,0 +1,273 @@
+"""What goes on around the graphs for GPUs, with stand-ins for MAX's models and PyTorch's streams.
+
+The graphs themselves, and whole transcriptions with them on a CPU, are compat/'s.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from max.driver import CPU, Buffer
+from max.dtype import DType
+
+from whisper_max.conditions import UnsupportedByMax, device_reasons, tensor_reasons
+from whisper_max.graphs.gpu.specification import TextSizes
+from whisper_max.graphs.specification import MASKED
+from whisper_max.runtime.gpu import places
+from whisper_max.runtime.gpu.engine import RANKED, GpuEngine, Room, Rooms
+from whisper_max.runtime.gpu.places import CudaPlace, Place
+from whisper_max.runtime.gpu.session import GpuSelection
+
+SIZES = TextSizes(
+    n_audio_ctx=6, n_vocab=9, n_text_ctx=4, n_text_state=64, n_text_head=1, n_text_layer=2
+)
+RULES = [[0, 9, 9, 9, 0]] * 2
+
+
+class Step:
+    """Stands in for the loaded step: notes what is done with it, and what it would read."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.fails: dict[str, str] = {}
+        self.results = [
+            Buffer.zeros((2, RANKED), kind, CPU()) for kind in (DType.float32, DType.int32)
+        ]
+
+    def _note(self, name: str, key: int | None, operands: tuple) -> None:
+        tokens, position, parents = (operand.to_numpy().copy() for operand in operands[:3])
+        addresses = [operand._data_ptr() for operand in operands]
+        self.calls.append((name, key, tokens, position, parents, addresses))
+        if name in self.fails:
+            raise RuntimeError(self.fails[name])
+
+    def execute(self, *operands: Buffer) -> list[Buffer]:
+        self._note("execute", None, operands)
+        return self.results
+
+    def capture(self, key: int, *operands: Buffer) -> list[Buffer]:
+        self._note("capture", key, operands)
+        return self.results
+
+    def replay(self, key: int, *operands: Buffer) -> None:
+        self._note("replay", key, operands)
+        self.results[1].inplace_copy_from(Buffer.from_numpy(np.full((2, RANKED), 7, np.int32)))
+
+    def release_captured_graph(self, key: int) -> None:
+        self.calls.append(("release", key))
+
+    @property
+    def names(self) -> list[str]:
+        return [call[0] for call in self.calls]
+
+
+class Capturing(Place):
+    """A place that captures, on the CPU."""
+
+    captures = True
+
+
+@pytest.fixture
+def engine() -> GpuEngine:
+    made = GpuEngine.__new__(GpuEngine)
+    made.place = Capturing(torch.device("cpu"), CPU(), "cpu")
+    made.graphs = {"decoder_step": Step()}
+    made.rooms = Rooms()
+    return made
+
+
+@pytest.fixture
+def room(engine) -> Room:
+    return Room(engine, SIZES, DType.float32, 1, 2)
+
+
+def step(room: Room, position: int, parents: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    return room.step([3, 4], position, parents, RULES, [])
+
+
+def test_a_step_is_captured_once_and_replayed_from_the_same_memory(engine, room):
+    calls = engine.graphs["decoder_step"].calls
+    _, best = step(room, 2, [1, 1])
+    step(room, 3, [1, 0])
+    assert engine.graphs["decoder_step"].names == ["execute", "capture", "replay", "replay"]
+    # What only prepares the capture must not reorder beams, which the replay does once more.
+    parents = [call[4].tolist() for call in calls]
+    assert parents == [[[0, 1]], [[0, 1]], [[1, 1]], [[1, 0]]]
+    assert [call[3].tolist() for call in calls] == [[2], [2], [2], [3]]
+    assert all(call[2].tolist() == [[[3], [4]]] for call in calls)
+    assert all(call[5] == calls[0][5] for call in calls)
+    assert len({call[1] for call in calls[1:]}) == 1
+    assert best.tolist() == [[7] * RANKED] * 2
+
+
+def test_two_rooms_have_captures_of_their_own(engine, room):
+    other = Room(engine, SIZES, DType.float32, 1, 2)
+    step(room, 0, [0, 1])
+    step(other, 0, [0, 1])
+    keys = [call[1] for call in engine.graphs["decoder_step"].calls if call[0] == "replay"]
+    assert len(set(keys)) == 2
+
+
+def test_without_capture_a_step_is_executed(engine, room, caplog):
+    model = engine.graphs["decoder_step"]
+    model.fails["capture"] = "operation not permitted when stream is capturing"
+    with caplog.at_level(logging.WARNING, "whisper_max"):
+        step(room, 0, [0, 1])
+        step(room, 1, [1, 0])
+    assert model.names == ["execute", "capture", "execute", "execute"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "a decoding step could not be captured, and runs as it is: "
+        "operation not permitted when stream is capturing"
+    ]
+
+
+def test_where_nothing_can_be_captured_nothing_is_tried(engine):
+    engine.place = Place(torch.device("cpu"), CPU(), "cpu")
+    step(Room(engine, SIZES, DType.float32, 1, 2), 0, [0, 1])
+    assert engine.graphs["decoder_step"].names == ["execute"]
+
+
+@pytest.mark.parametrize("failing", ["execute", "replay"])
+def test_a_failing_step_leaves_the_call_to_pytorch_and_frees_idle_rooms(engine, room, failing):
+    engine.rooms.give(Room(engine, SIZES, DType.float32, 1, 1))
+    engine.graphs["decoder_step"].fails[failing] = "CUDA_ERROR_OUT_OF_MEMORY"
+    with pytest.raises(UnsupportedByMax, match="CUDA_ERROR_OUT_OF_MEMORY"):
+        step(room, 0, [0, 1])
+    assert engine.rooms.take((1, 1), object(), torch.zeros(1)) is None
+
+
+def test_a_room_that_does_not_fit_into_memory_is_no_room(engine, monkeypatch):
+    def full(*arguments):
+        raise ValueError("out of memory")
+
+    monkeypatch.setattr("whisper_max.runtime.gpu.engine.Buffer.zeros", full)
+    with pytest.raises(UnsupportedByMax, match="in making room for a decode: out of memory"):
+        Room(engine, SIZES, DType.float32, 1, 1)
+
+
+def test_a_captured_step_goes_with_its_room(engine):
+    room = Room(engine, SIZES, DType.float32, 1, 2)
+    step(room, 0, [0, 1])
+    key = engine.graphs["decoder_step"].calls[-1][1]
+    del room
+    gc.collect()
+    assert engine.graphs["decoder_step"].calls[-1] == ("release", key)
+
+
+def test_a_decode_gets_the_room_that_holds_its_features(engine):
+    ready, features = object(), [torch.full((1, 6, 64), float(i)) for i in range(2)]
+    rooms = [Room(engine, SIZES, DType.float32, 1, 2) for _ in features]
+    for room, held in zip(rooms, features):
+        room.holds = ready, held
+        engine.rooms.give(room)
+    assert engine.rooms.take((1, 3), ready, features[0]) is None
+    assert engine.rooms.take((1, 2), ready, features[1].clone()) is rooms[1]
+    # Of other weights, though of the same features: a room to be filled anew.
+    other = engine.rooms.take((1, 2), object(), features[0])
+    assert other is rooms[0]
+    assert not other.is_for(object(), features[0])
+    assert engine.rooms.take((1, 2), ready, features[0]) is None
+
+
+def test_two_rooms_wait_for_the_next_decode(engine):
+    rooms = [Room(engine, SIZES, DType.float32, 1, beams) for beams in (1, 2, 3)]
+    for room in rooms:
+        engine.rooms.give(room)
+    taken = [engine.rooms.take((1, beams), None, torch.zeros(1)) for beams in (1, 2, 3)]
+    assert taken == [None, *rooms[1:]]
+
+
+def test_a_selection_masks_what_is_suppressed(engine, room):
+    GpuSelection(room, (2, 5), SIZES.n_vocab, 1)
+    expected = [MASKED if token in (2, 5) else 0 for token in range(9)]
+    assert room._mask.buffer.to_numpy() == pytest.approx(expected)
+
+
+class Stream:
+    """Notes who waits for whom."""
+
+    log: list[tuple] = []
+
+    def __init__(self, name: object, device: torch.device | None = None) -> None:
+        self.name = name
+
+    def wait_stream(self, other: Stream) -> None:
+        Stream.log.append((self.name, "waits for", other.name))
+
+    def synchronize(self) -> None:
+        Stream.log.append(("host", "waits for", self.name))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """PyTorch's and MAX's side of a GPU: two streams; returns MAX's."""
+    Stream.log = []
+    queue = SimpleNamespace(native_stream_handle=77)
+    device = SimpleNamespace(
+        architecture_name="sm_90a",
+        default_queue=queue,
+        synchronize=lambda: Stream.log.append(("host", "waits for", "MAX")),
+    )
+    monkeypatch.setattr(places, "Accelerator", lambda id: device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("PyTorch"))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
+    return queue
+
+
+def test_max_waits_for_pytorch_and_pytorch_for_max(cuda):
+    place = CudaPlace(torch.device("cuda", 1))
+    assert place.architecture == "cuda:sm_90a"
+    with pytest.raises(RuntimeError, match="inside"):
+        with place.in_order():
+            assert Stream.log == [(77, "waits for", "PyTorch")]
+            raise RuntimeError("inside")
+    assert Stream.log[1:] == [("PyTorch", "waits for", 77)]
+
+
+def test_without_a_stream_of_its_own_to_wait_on_the_host_waits(cuda):
+    cuda.native_stream_handle = 0
+    with CudaPlace(torch.device("cuda", 0)).in_order():
+        assert Stream.log == [("host", "waits for", "PyTorch")]
+    assert Stream.log[1:] == [("host", "waits for", "MAX")]
+
+
+def test_a_gpu_that_max_does_not_see_is_pytorchs(monkeypatch):
+    def none(id):
+        raise ValueError("failed to create device: no CUDA driver")
+
+    monkeypatch.setattr(places, "Accelerator", none)
+    with pytest.raises(UnsupportedByMax, match="MAX cannot use cuda:3: .*no CUDA driver"):
+        CudaPlace(torch.device("cuda", 3))
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "reason"),
+    [
+        ("cpu", None, None),
+        ("cpu", "cpu", None),
+        ("cuda:1", "cuda", None),
+        ("cpu", "cuda", "the model is on cpu, and device is 'cuda'"),
+        ("cuda:0", "cpu", "the model is on cuda:0, and device is 'cpu'"),
+        ("cuda:0", None, "never run on one, and patch(device='cuda') has to ask"),
+        ("mps", "cpu", "the model is on mps"),
+    ],
+)
+def test_models_on_a_gpu_are_left_alone_unless_asked_for(device, wanted, reason):
+    reasons = device_reasons(torch.device(device), wanted)
+    assert len(reasons) == (reason is not None)
+    assert not reasons or reason in reasons[0]
+
+
+def test_on_a_gpu_half_precision_is_taken_and_on_the_cpu_it_is_not():
+    half = torch.zeros(1, dtype=torch.float16)
+    assert tensor_reasons("mel", half, torch.device("cpu")) == ["mel is float16, not float32"]
+    assert tensor_reasons("mel", half, torch.device("cuda", 0)) == ["mel is on cpu"]
+    double = torch.zeros(1, dtype=torch.float64)
+    assert tensor_reasons("mel", double, torch.device("cuda", 0))[1:] == [
+        "mel is float64, not float16 or float32"
+    ]

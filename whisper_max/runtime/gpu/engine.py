@@ -1,0 +1,217 @@
+"""The graphs of one artifact on one GPU, and the memory that decodes there work in."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from max.driver import Buffer, Device
+from max.dtype import DType
+from max.engine import CompiledModel, InferenceSession
+from torch import Tensor
+
+from ... import on_one_thread
+from ...conditions import UnsupportedByMax
+from ...graphs.gpu.specification import TextSizes
+from ...graphs.specification import HEAD_DIM
+from .places import Place
+
+logger = logging.getLogger("whisper_max")
+
+RANKED = 6
+"""Tokens of each row that a step ranks: enough for five beams."""
+
+_IDLE_ROOMS = 2
+"""How many are kept for the next decode: one for a greedy decode and one for beams."""
+
+_capture_keys = itertools.count()
+
+
+class GpuEngine:
+    """Loaded graphs, without weights."""
+
+    def __init__(self, compiled: CompiledModel, place: Place) -> None:
+        self.place = place
+        session = InferenceSession(devices=[place.device])
+        self.graphs = session.init_all(compiled, weights_registry={})
+        self.rooms = Rooms()
+
+    def execute(self, graph: str, *operands: Buffer) -> list[Buffer]:
+        """Runs one graph, in order with PyTorch's current stream.
+
+        Raises as `failing` does.
+        """
+        with self.failing(graph), self.place.in_order():
+            return self.graphs[graph].execute(*operands)
+
+    @contextmanager
+    def failing(self, what: str) -> Iterator[None]:
+        """Raises UnsupportedByMax where MAX fails inside, as where memory runs out.
+
+        PyTorch can take over, and gets what idle rooms held.
+        """
+        try:
+            yield
+        except (RuntimeError, ValueError, MemoryError) as error:
+            self.rooms.clear()
+            raise UnsupportedByMax(f"MAX failed in {what}: {error}") from error
+
+
+class Room:
+    """The memory of one decode, where a captured step finds it again.
+
+    A step's operands stay in the same places: what changes is written into them. Beams are rows of
+    a window, side by side.
+
+    holds : what the cross-attention keys and values were made from: weights and features
+    """
+
+    def __init__(
+        self, engine: GpuEngine, sizes: TextSizes, dtype: DType, windows: int, beams: int
+    ) -> None:
+        self.shape = (windows, beams)
+        self.rows = windows * beams
+        self.holds: tuple[object, Tensor] | None = None
+        self._engine = engine
+        self._captured: list[Buffer] | None = None
+        self._capture_key = next(_capture_keys)
+        self._may_capture = engine.place.captures
+        device = engine.place.device
+
+        heads, layers = sizes.n_text_head, sizes.n_text_layer
+        with engine.failing("making room for a decode"):
+            # Of zeros: what the mask hides is multiplied by zero, and must be finite.
+            self.cache = [
+                Buffer.zeros((*self.shape, heads, sizes.n_text_ctx, HEAD_DIM), dtype, device)
+                for _ in range(2 * layers)
+            ]
+            self.cross = [
+                Buffer(dtype, (windows, heads, sizes.n_audio_ctx, HEAD_DIM), device)
+                for _ in range(2 * layers)
+            ]
+            self._tokens = _Operand(np.int32, (*self.shape, 1), device)
+            self._position = _Operand(np.int32, (1,), device)
+            self._parents = _Operand(np.int32, self.shape, device)
+            self._mask = _Operand(np.float32, (sizes.n_vocab,), device)
+            self._rules = _Operand(np.int32, (*self.shape, 5), device)
+
+    def __del__(self) -> None:
+        if self._captured is not None:
+            self._captured = None  # the results first: they are in the captured graph's memory
+            self._engine.graphs["decoder_step"].release_captured_graph(self._capture_key)
+
+    def is_for(self, ready: object, features: Tensor) -> bool:
+        """Whether the keys and values are those of these weights and features."""
+        if self.holds is None or self.holds[0] is not ready:
+            return False
+        return on_one_thread.equal(self.holds[1], features)
+
+    def suppress(self, mask: np.ndarray) -> None:
+        """What is added to the logits of each token, shape = (n_vocab,), float32."""
+        self._mask.write(mask)
+
+    def step(
+        self,
+        tokens: Sequence[int],
+        position: int,
+        parents: Sequence[int],
+        rules: Sequence[Sequence[int]],
+        weights: list[Buffer],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One token for each row at a position of the cache; see `decoder_step` of the graphs.
+
+        parents : flat number of the row that each row continues
+
+        Returns log probabilities, float32, and tokens, int32, both (rows, RANKED).
+        """
+        self._tokens.write(tokens)
+        self._position.write([position])
+        self._rules.write(rules)
+        small = (self._tokens, self._position, self._parents, self._mask, self._rules)
+        operands = [*(operand.buffer for operand in small), *self.cache, *self.cross, *weights]
+        if self._may_capture and self._captured is None:
+            self._capture(operands)
+        self._parents.write(parents)
+        logprobs, best = self._replay(operands)
+        return logprobs.to_numpy(), best.to_numpy()
+
+    def _capture(self, operands: list[Buffer]) -> None:
+        """Records the step, after one that loads its kernels: loading cannot be recorded.
+
+        Both may write this position's keys and values, which the step that follows writes again.
+        So that they change nothing else, each row continues itself in them.
+        """
+        self._parents.write(range(self.rows))
+        model = self._engine.graphs["decoder_step"]
+        self._engine.execute("decoder_step", *operands)[1].to_numpy()  # waits: see `_Operand`
+        try:
+            with self._engine.place.in_order():
+                self._captured = model.capture(self._capture_key, *operands)
+        except (RuntimeError, ValueError) as error:
+            self._may_capture = False
+            logger.warning("a decoding step could not be captured, and runs as it is: %s", error)
+
+    def _replay(self, operands: list[Buffer]) -> list[Buffer]:
+        if self._captured is None:
+            return self._engine.execute("decoder_step", *operands)
+        with self._engine.failing("a replayed step"), self._engine.place.in_order():
+            self._engine.graphs["decoder_step"].replay(self._capture_key, *operands)
+        return self._captured
+
+
+class Rooms:
+    """Rooms that no decode uses now."""
+
+    def __init__(self) -> None:
+        self._idle: list[Room] = []
+        self._guard = threading.Lock()
+
+    def take(self, shape: tuple[int, int], ready: object, features: Tensor) -> Room | None:
+        """One for so many (windows, beams), if possible one that holds these features."""
+        with self._guard:
+            fitting = [room for room in self._idle if room.shape == shape]
+            same = [room for room in fitting if room.is_for(ready, features)]
+            room = next(iter([*same, *fitting]), None)
+            if room is not None:
+                self._idle.remove(room)
+            return room
+
+    def give(self, room: Room) -> None:
+        """A decode is over; the room that waited longest makes way."""
+        with self._guard:
+            self._idle = [*self._idle, room][-_IDLE_ROOMS:]
+
+    def clear(self) -> None:
+        """Frees them all."""
+        with self._guard:
+            self._idle = []
+
+
+class _Operand:
+    """Small numbers that the host writes for each step.
+
+    MAX copies them later than it is told to, and does not keep the memory that they come from: so
+    that stays, and holds other numbers only when a result of the step before has been read. On a
+    CPU nothing is copied: a copy there is not even in order with what is executed next.
+    """
+
+    def __init__(self, dtype: type[np.generic], shape: Sequence[int], device: Device) -> None:
+        self._host = np.zeros(shape, dtype)
+        self._source = Buffer.from_numpy(self._host)
+        self.buffer = self._source.to(device)
+
+    def write(self, values: Sequence | np.ndarray) -> None:
+        """Before all work that MAX begins later."""
+        self._host.flat = np.asarray(values).flat
+        if self.buffer is not self._source:
+            self.buffer.inplace_copy_from(self._source)
+
+
+def to_dtype(dtype: torch.dtype) -> DType:
+    """MAX's name for a dtype of PyTorch's."""
+    return DType[str(dtype).removeprefix("torch.")]

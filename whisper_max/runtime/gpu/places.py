@@ -1,0 +1,74 @@
+"""A device that the graphs for GPUs run on, and the order of MAX's work with PyTorch's there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from max.driver import Accelerator, Device
+
+from ...conditions import UnsupportedByMax
+
+
+class Place:
+    """One device, as PyTorch and as MAX know it. This class is for one without a queue of work.
+
+    torch_device, device : the same device, PyTorch's and MAX's
+    architecture : as artifacts name it, such as "cuda:sm_90a"
+    captures : whether graphs can be captured and replayed
+    """
+
+    captures = False
+
+    def __init__(self, torch_device: torch.device, device: Device, architecture: str) -> None:
+        self.torch_device = torch_device
+        self.device = device
+        self.architecture = architecture
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """MAX's work inside comes after PyTorch's before, and PyTorch's after comes after it."""
+        yield
+
+
+class CudaPlace(Place):
+    """An NVIDIA GPU. MAX puts its work into a stream of its own, PyTorch into its current one.
+
+    Each waits for the other on the device, the host for neither. That also keeps memory apart: what
+    one side frees, it hands out again only to work that comes after the other's.
+
+    Raises UnsupportedByMax where MAX does not see the GPU.
+    """
+
+    captures = True
+
+    def __init__(self, torch_device: torch.device) -> None:
+        try:
+            device = Accelerator(id=torch_device.index)
+        except (RuntimeError, ValueError) as error:
+            raise UnsupportedByMax(f"MAX cannot use {torch_device}: {error}") from error
+        super().__init__(torch_device, device, f"cuda:{device.architecture_name}")
+        handle = device.default_queue.native_stream_handle
+        self._stream = torch.cuda.ExternalStream(handle, torch_device) if handle else None
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self.torch_device)
+        if self._stream is None:  # nothing to wait for on the device: the host waits
+            current.synchronize()
+            yield
+            self.device.synchronize()
+            return
+        self._stream.wait_stream(current)
+        try:
+            yield
+        finally:
+            current.wait_stream(self._stream)
+
+
+@lru_cache(maxsize=None)
+def cuda_place(device: torch.device) -> CudaPlace:
+    """The place of a model on an NVIDIA GPU; `CudaPlace` has what is raised."""
+    return CudaPlace(device)

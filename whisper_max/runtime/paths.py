@@ -1,0 +1,70 @@
+"""On the CPU or on a GPU: what computes for a module, by where its tensors are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Union
+
+import torch
+from torch import Tensor, nn
+
+from .. import on_one_thread
+from ..settings import Settings
+from .decoder_session import DecoderSession
+from .model_state import state_of
+
+if TYPE_CHECKING:
+    from .gpu.places import Place
+    from .gpu.session import GpuSession
+
+    Session = Union[DecoderSession, GpuSession]
+
+
+def encode(encoder: nn.Module, mel: Tensor, settings: Settings) -> Tensor:
+    """Audio features of an AudioEncoder, shape = (batch, n_audio_ctx, n_state), in fresh memory.
+
+    mel : shape = (batch, n_mels, 2 * n_audio_ctx)
+
+    Raises UnsupportedByMax while there is no engine, or where MAX fails.
+    """
+    place = _place_of(mel.device)
+    if place is None:
+        state = state_of(encoder, "encoder")
+        ready = state.ready(encoder, settings)
+    else:
+        from .gpu.state import GpuState, audio_sizes
+
+        state = state_of(encoder, "encoder", GpuState)
+        ready = state.ready(encoder, settings, place, audio_sizes(encoder), mel.dtype)
+    features = state.features.find(ready, mel)
+    if features is None:
+        features = ready.encode(mel)
+        if len(mel) == 1:  # upstream encodes single windows again; batches are large
+            state.features.keep(ready, mel, features)
+    return on_one_thread.copy(features)  # the caller's own, to change as it likes
+
+
+def open_session(
+    decoder: nn.Module, features: Tensor, rows: int, settings: Settings
+) -> Session:
+    """A decode of a TextDecoder, where the features are.
+
+    features : shape = (windows, n_audio_ctx, n_state)
+    rows : sequences to decode, a multiple of the windows
+
+    Raises UnsupportedByMax while there is no engine, or no memory.
+    """
+    place = _place_of(features.device)
+    if place is None:
+        return DecoderSession(decoder, features, rows, settings)
+    from .gpu.session import GpuSession
+
+    return GpuSession(decoder, features, rows, settings, place)
+
+
+def _place_of(device: torch.device) -> Place | None:
+    """None for the CPU, which has graphs of its own; `conditions` has settled what may run."""
+    if device.type == "cpu":
+        return None
+    from .gpu import places
+
+    return places.cuda_place(device)
