@@ -9,6 +9,7 @@ Compiling them takes minutes, so it is done on demand, and else these tests are 
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from whisper.decoding import ApplyTimestampRules, SuppressTokens
 from whisper.model import ModelDimensions, MultiHeadAttention, Whisper
 
-from harness import exact, exact_logits, load_checkpoint, on_pytorch
+from harness import exact, exact_logits, load_checkpoint
 from strategies import Recipe, numbers
 from tolerances import assert_precise
 from whisper_max import demo, settings
@@ -360,7 +361,7 @@ def test_alignment_has_all_logits_and_the_scores_of_chosen_heads(graphs):
 def upstream_scores(decoder: nn.Module, tokens: Tensor, features: Tensor) -> list[Tensor]:
     """Raw scores of cross attention, one tensor for each layer."""
     scores: list[Tensor] = []
-    twin = on_pytorch(decoder)
+    twin = copy.deepcopy(decoder)
     for block in twin.blocks:
         block.cross_attn.register_forward_hook(lambda _, inputs, out: scores.append(out[1]))
     with disable_sdpa():

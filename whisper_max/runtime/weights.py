@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from max.driver import Buffer
 from torch import Tensor
@@ -32,9 +33,23 @@ _FUSED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
 
 
 def exact_in_float16(tensors: Iterable[Tensor]) -> bool:
-    """Whether every number is one that float16 holds exactly."""
-    parts = (part for tensor in tensors for part in tensor.flatten().split(_AT_ONCE))
-    return all(torch.equal(part.half().float(), part) for part in parts)
+    """Whether every number is one that float16 holds exactly; they are finite."""
+    flat = (tensor.detach().cpu().float().flatten() for tensor in tensors)
+    parts = (part for tensor in flat for part in tensor.split(_AT_ONCE))
+    return all(_exact_in_float16(part.resolve_neg().numpy()) for part in parts)
+
+
+def _exact_in_float16(numbers: np.ndarray) -> bool:
+    """By their bits, which takes a fraction of the time of converting them there and back."""
+    bits = numbers.view(np.uint32)
+    if np.bitwise_or.reduce(bits) & 0x1FFF:  # of 23 bits behind the point, float16 has the first 10
+        return False
+    magnitudes = np.abs(numbers)
+    if magnitudes.max(initial=0) > FLOAT16_MAX:
+        return False
+    # Below its normal numbers float16 has multiples of one step.
+    small = numbers[magnitudes < 2.0**-14] * np.float32(2.0**24)
+    return np.array_equal(small, np.rint(small))
 
 
 def matrices(state: State) -> Iterable[Tensor]:
