@@ -149,6 +149,7 @@ def _linears(names: list[str], state: State, storage: torch.dtype) -> list[Tenso
 def fill_panels(packed: Tensor, weight: Tensor) -> None:
     """Writes (out, in) into (panels, in, 32)."""
     out, length = weight.shape
+    weight = weight.to(packed.dtype)  # while a row's numbers still lie together: half the time
     whole, rest = divmod(out, PANEL)
     packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, length).transpose(1, 2)
     if rest:
