@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from whisper_max.conditions import UnsupportedByMax, device_reasons, tensor_reas
 from whisper_max.graphs.gpu.specification import TextSizes
 from whisper_max.graphs.specification import MASKED
 from whisper_max.runtime.gpu import places
-from whisper_max.runtime.gpu.engine import RANKED, GpuEngine, Room, Rooms
+from whisper_max.runtime.gpu.engine import RANKED, GpuEngine, Room, Rooms, Weights
 from whisper_max.runtime.gpu.places import CudaPlace, Place
 from whisper_max.runtime.gpu.session import GpuSelection
 
@@ -40,6 +41,7 @@ class Step:
         ]
 
     def _note(self, name: str, key: int | None, operands: tuple) -> None:
+        # Of cross_kv's, which are other ones, only that there was a call is looked at.
         tokens, position, parents = (operand.to_numpy().copy() for operand in operands[:3])
         addresses = [operand._data_ptr() for operand in operands]
         self.calls.append((name, key, tokens, position, parents, addresses))
@@ -76,7 +78,7 @@ class Capturing(Place):
 def engine() -> GpuEngine:
     made = GpuEngine.__new__(GpuEngine)
     made.place = Capturing(torch.device("cpu"), CPU(), "cpu")
-    made.graphs = {"decoder_step": Step()}
+    made.graphs = {"decoder_step": Step(), "cross_kv": Step()}
     made.rooms = Rooms()
     return made
 
@@ -86,8 +88,13 @@ def room(engine) -> Room:
     return Room(engine, SIZES, DType.float32, 1, 2)
 
 
-def step(room: Room, position: int, parents: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    return room.step([3, 4], position, parents, RULES, [])
+WEIGHTS = Weights(decoder=[], cross_kv=[])
+
+
+def step(
+    room: Room, position: int, parents: list[int], weights: Weights = WEIGHTS
+) -> tuple[np.ndarray, np.ndarray]:
+    return room.step([3, 4], position, parents, RULES, weights)
 
 
 def test_a_step_is_captured_once_and_replayed_from_the_same_memory(engine, room):
@@ -103,6 +110,20 @@ def test_a_step_is_captured_once_and_replayed_from_the_same_memory(engine, room)
     assert all(call[5] == calls[0][5] for call in calls)
     assert len({call[1] for call in calls[1:]}) == 1
     assert best.tolist() == [[7] * RANKED] * 2
+
+
+def test_a_captured_step_is_not_replayed_for_other_weights(engine, room):
+    """Two models of one size share the engine, and its rooms."""
+    others = Weights(decoder=[], cross_kv=[])
+    for weights in (WEIGHTS, WEIGHTS, others, others):
+        step(room, 0, [0, 1], weights)
+    captured = ["execute", "capture", "replay", "replay"]
+    assert engine.graphs["decoder_step"].names == [*captured, "release", *captured]
+    # Nor for weights that are new in the place of those that are gone.
+    del others, weights
+    gc.collect()
+    step(room, 0, [0, 1], Weights(decoder=[], cross_kv=[]))
+    assert engine.graphs["decoder_step"].names[-4:] == ["release", *captured[:3]]
 
 
 def test_two_rooms_have_captures_of_their_own(engine, room):
@@ -138,7 +159,9 @@ def test_a_failing_step_leaves_the_call_to_pytorch_and_frees_idle_rooms(engine, 
     engine.graphs["decoder_step"].fails[failing] = "CUDA_ERROR_OUT_OF_MEMORY"
     with pytest.raises(UnsupportedByMax, match="CUDA_ERROR_OUT_OF_MEMORY"):
         step(room, 0, [0, 1])
-    assert engine.rooms.take((1, 1), object(), torch.zeros(1)) is None
+    engine.rooms.give(room)  # as its decode does in the end
+    for shape in ((1, 1), (1, 2)):
+        assert engine.rooms.take(shape, WEIGHTS, torch.zeros(1)) is None
 
 
 def test_a_room_that_does_not_fit_into_memory_is_no_room(engine, monkeypatch):
@@ -160,25 +183,44 @@ def test_a_captured_step_goes_with_its_room(engine):
 
 
 def test_a_decode_gets_the_room_that_holds_its_features(engine):
-    ready, features = object(), [torch.full((1, 6, 64), float(i)) for i in range(2)]
+    filled = engine.graphs["cross_kv"].calls
+    features = [torch.full((1, 6, 64), float(i)) for i in range(2)]
     rooms = [Room(engine, SIZES, DType.float32, 1, 2) for _ in features]
     for room, held in zip(rooms, features):
-        room.holds = ready, held
+        room.fill(WEIGHTS, held)
         engine.rooms.give(room)
-    assert engine.rooms.take((1, 3), ready, features[0]) is None
-    assert engine.rooms.take((1, 2), ready, features[1].clone()) is rooms[1]
-    # Of other weights, though of the same features: a room to be filled anew.
-    other = engine.rooms.take((1, 2), object(), features[0])
-    assert other is rooms[0]
-    assert not other.is_for(object(), features[0])
-    assert engine.rooms.take((1, 2), ready, features[0]) is None
+    assert engine.rooms.take((1, 3), WEIGHTS, features[0]) is None
+    assert engine.rooms.take((1, 2), WEIGHTS, features[1].clone()) is rooms[1]
+    rooms[1].fill(WEIGHTS, features[1].clone())
+    assert len(filled) == 2
+    # For other weights, though the same features: a room to be filled anew.
+    others = Weights(decoder=[], cross_kv=[])
+    assert engine.rooms.take((1, 2), others, features[0]) is rooms[0]
+    rooms[0].fill(others, features[0])
+    assert len(filled) == 3
+    assert engine.rooms.take((1, 2), WEIGHTS, features[0]) is None
+
+
+def test_a_room_does_not_keep_weights(engine, room):
+    weights = Weights(decoder=[], cross_kv=[])
+    room.fill(weights, torch.zeros(1, 6, 64))
+    step(room, 0, [0, 1], weights)
+    gone = weakref.ref(weights)
+    del weights
+    assert gone() is None
+    assert not room.is_for(Weights(decoder=[], cross_kv=[]), torch.zeros(1, 6, 64))
+
+
+def test_operands_of_another_size_are_a_fault(room):
+    with pytest.raises(ValueError, match="reshape"):
+        room.step([3], 0, [0, 1], RULES, WEIGHTS)
 
 
 def test_two_rooms_wait_for_the_next_decode(engine):
     rooms = [Room(engine, SIZES, DType.float32, 1, beams) for beams in (1, 2, 3)]
     for room in rooms:
         engine.rooms.give(room)
-    taken = [engine.rooms.take((1, beams), None, torch.zeros(1)) for beams in (1, 2, 3)]
+    taken = [engine.rooms.take((1, beams), WEIGHTS, torch.zeros(1)) for beams in (1, 2, 3)]
     assert taken == [None, *rooms[1:]]
 
 

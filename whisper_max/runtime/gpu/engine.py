@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ from ... import on_one_thread
 from ...conditions import UnsupportedByMax
 from ...graphs.gpu.specification import TextSizes
 from ...graphs.specification import HEAD_DIM
+from ..tensors import to_buffer
 from .places import Place
 
 logger = logging.getLogger("whisper_max")
@@ -62,13 +64,16 @@ class GpuEngine:
             raise UnsupportedByMax(f"MAX failed in {what}: {error}") from error
 
 
+class Weights(dict[str, list[Buffer]]):
+    """One module's weights in the order of each graph's operands, by graph."""
+
+
 class Room:
     """The memory of one decode, where a captured step finds it again.
 
     A step's operands stay in the same places: what changes is written into them. Beams are rows of
-    a window, side by side.
-
-    holds : what the cross-attention keys and values were made from: weights and features
+    a window, side by side. A room outlives decodes, and must not keep the weights of a model that
+    is gone.
     """
 
     def __init__(
@@ -76,13 +81,13 @@ class Room:
     ) -> None:
         self.shape = (windows, beams)
         self.rows = windows * beams
-        self.holds: tuple[object, Tensor] | None = None
+        self.generation = engine.rooms.generation
         self._engine = engine
-        self._captured: list[Buffer] | None = None
+        self._held: tuple[weakref.ref[Weights], Tensor] | None = None
+        self._captured: tuple[weakref.ref[Weights], list[Buffer]] | None = None
         self._capture_key = next(_capture_keys)
         self._may_capture = engine.place.captures
         device = engine.place.device
-
         heads, layers = sizes.n_text_head, sizes.n_text_layer
         with engine.failing("making room for a decode"):
             # Of zeros: what the mask hides is multiplied by zero, and must be finite.
@@ -101,15 +106,25 @@ class Room:
             self._rules = _Operand(np.int32, (*self.shape, 5), device)
 
     def __del__(self) -> None:
-        if self._captured is not None:
-            self._captured = None  # the results first: they are in the captured graph's memory
-            self._engine.graphs["decoder_step"].release_captured_graph(self._capture_key)
+        self._release()
 
-    def is_for(self, ready: object, features: Tensor) -> bool:
-        """Whether the keys and values are those of these weights and features."""
-        if self.holds is None or self.holds[0] is not ready:
+    def is_for(self, weights: Weights, features: Tensor) -> bool:
+        """Whether the keys and values of cross attention are those of these weights and features.
+
+        features : shape = (windows, n_audio_ctx, n_state)
+        """
+        if self._held is None or self._held[0]() is not weights:
             return False
-        return on_one_thread.equal(self.holds[1], features)
+        return on_one_thread.equal(self._held[1], features)
+
+    def fill(self, weights: Weights, features: Tensor) -> None:
+        """Makes the keys and values of cross attention, unless they are there."""
+        if self.is_for(weights, features):
+            return
+        self._held = None
+        operands = (*self.cross, to_buffer(features), *weights["cross_kv"])
+        self._engine.execute("cross_kv", *operands)
+        self._held = weakref.ref(weights), features.clone()
 
     def suppress(self, mask: np.ndarray) -> None:
         """What is added to the logits of each token, shape = (n_vocab,), float32."""
@@ -121,7 +136,7 @@ class Room:
         position: int,
         parents: Sequence[int],
         rules: Sequence[Sequence[int]],
-        weights: list[Buffer],
+        weights: Weights,
     ) -> tuple[np.ndarray, np.ndarray]:
         """One token for each row at a position of the cache; see `decoder_step` of the graphs.
 
@@ -133,25 +148,29 @@ class Room:
         self._position.write([position])
         self._rules.write(rules)
         small = (self._tokens, self._position, self._parents, self._mask, self._rules)
-        operands = [*(operand.buffer for operand in small), *self.cache, *self.cross, *weights]
-        if self._may_capture and self._captured is None:
-            self._capture(operands)
+        operands = [operand.buffer for operand in small]
+        operands += [*self.cache, *self.cross, *weights["decoder"]]
+        # A recorded step reads the weights that it was recorded with, whatever it is given.
+        if self._may_capture and (self._captured is None or self._captured[0]() is not weights):
+            self._capture(operands, weights)
         self._parents.write(parents)
         logprobs, best = self._replay(operands)
         return logprobs.to_numpy(), best.to_numpy()
 
-    def _capture(self, operands: list[Buffer]) -> None:
+    def _capture(self, operands: list[Buffer], weights: Weights) -> None:
         """Records the step, after one that loads its kernels: loading cannot be recorded.
 
         Both may write this position's keys and values, which the step that follows writes again.
         So that they change nothing else, each row continues itself in them.
         """
+        self._release()
         self._parents.write(range(self.rows))
         model = self._engine.graphs["decoder_step"]
         self._engine.execute("decoder_step", *operands)[1].to_numpy()  # waits: see `_Operand`
         try:
             with self._engine.place.in_order():
-                self._captured = model.capture(self._capture_key, *operands)
+                results = model.capture(self._capture_key, *operands)
+            self._captured = weakref.ref(weights), results
         except (RuntimeError, ValueError) as error:
             self._may_capture = False
             logger.warning("a decoding step could not be captured, and runs as it is: %s", error)
@@ -161,21 +180,30 @@ class Room:
             return self._engine.execute("decoder_step", *operands)
         with self._engine.failing("a replayed step"), self._engine.place.in_order():
             self._engine.graphs["decoder_step"].replay(self._capture_key, *operands)
-        return self._captured
+        return self._captured[1]
+
+    def _release(self) -> None:
+        if self._captured is not None:
+            self._captured = None  # the results first: they are in the captured graph's memory
+            self._engine.graphs["decoder_step"].release_captured_graph(self._capture_key)
 
 
 class Rooms:
-    """Rooms that no decode uses now."""
+    """Rooms that no decode uses now.
+
+    generation : how many times they were cleared
+    """
 
     def __init__(self) -> None:
+        self.generation = 0
         self._idle: list[Room] = []
         self._guard = threading.Lock()
 
-    def take(self, shape: tuple[int, int], ready: object, features: Tensor) -> Room | None:
-        """One for so many (windows, beams), if possible one that holds these features."""
+    def take(self, shape: tuple[int, int], weights: Weights, features: Tensor) -> Room | None:
+        """One for so many (windows, beams), if possible one that is for these features."""
         with self._guard:
             fitting = [room for room in self._idle if room.shape == shape]
-            same = [room for room in fitting if room.is_for(ready, features)]
+            same = [room for room in fitting if room.is_for(weights, features)]
             room = next(iter([*same, *fitting]), None)
             if room is not None:
                 self._idle.remove(room)
@@ -184,11 +212,13 @@ class Rooms:
     def give(self, room: Room) -> None:
         """A decode is over; the room that waited longest makes way."""
         with self._guard:
-            self._idle = [*self._idle, room][-_IDLE_ROOMS:]
+            if room.generation == self.generation:
+                self._idle = [*self._idle, room][-_IDLE_ROOMS:]
 
     def clear(self) -> None:
-        """Frees them all."""
+        """Frees them all, and those in use as soon as they are given back."""
         with self._guard:
+            self.generation += 1
             self._idle = []
 
 
@@ -207,7 +237,7 @@ class _Operand:
 
     def write(self, values: Sequence | np.ndarray) -> None:
         """Before all work that MAX begins later."""
-        self._host.flat = np.asarray(values).flat
+        self._host[...] = np.reshape(values, self._host.shape)
         if self.buffer is not self._source:
             self.buffer.inplace_copy_from(self._source)
 

@@ -45,23 +45,13 @@ class GpuSession:
         self._identity = list(range(rows))
         self._parents = self._identity
         rooms, shape = self._ready.engine.rooms, (self.windows, rows // self.windows)
-        room = rooms.take(shape, self._ready, features)
+        room = rooms.take(shape, self._ready.weights, features)
         if room is None:
             room = Room(self._ready.engine, sizes, to_dtype(features.dtype), *shape)
         self._room = room
         # An abandoned decode gives its room back as well.
         weakref.finalize(self, rooms.give, room).atexit = False
-        self._fill(features)
-
-    def _fill(self, features: Tensor) -> None:
-        """Keys and values of cross attention, unless the room holds them from the last decode."""
-        room, ready = self._room, self._ready
-        if room.is_for(ready, features):
-            return
-        room.holds = None
-        weights = ready.weights["cross_kv"]
-        ready.engine.execute("cross_kv", *room.cross, to_buffer(features), *weights)
-        room.holds = ready, features.clone()
+        room.fill(self._ready.weights, features)
 
     def step(self, tokens: Tensor, wanted: Iterable[int]) -> Tensor:
         """Decodes tokens, shape = (rows, count), behind what is there.
@@ -133,8 +123,7 @@ class GpuSession:
         most likely first.
         """
         position = self._end(1) - 1
-        weights = self._ready.weights["decoder"]
-        found = self._room.step(tokens, position, self._parents, rules, weights)
+        found = self._room.step(tokens, position, self._parents, rules, self._ready.weights)
         self.length += 1
         self._parents = self._identity
         logprobs, best = (ranked[:, : selection.count] for ranked in found)

@@ -25,18 +25,17 @@ from .. import hardware, loading
 from ..artifact_key import ArtifactKey
 from ..model_state import Memo, Watch, tensors_of
 from ..tensors import to_buffer, to_torch
-from .engine import RANKED, GpuEngine, to_dtype
+from .engine import RANKED, GpuEngine, Weights, to_dtype
 from .places import Place
 
 BUILDER = "whisper_max.graphs.gpu.build:build"
 
 
 class GpuReady(NamedTuple):
-    """An engine, and one module's weights for its graphs, by graph."""
+    """An engine, and one module's weights for its graphs."""
 
     engine: GpuEngine
-    sizes: AudioSizes | TextSizes
-    weights: Mapping[str, list[Buffer]]
+    weights: Weights
 
     def encode(self, mel: Tensor) -> Tensor:
         """mel, shape = (batch, n_mels, 2 * n_audio_ctx), -> (batch, n_audio_ctx, n_state)."""
@@ -85,7 +84,7 @@ class GpuState:
             )
             found = self._ready.get((sizes, dtype))
             if found is None or found.engine is not engine:
-                found = GpuReady(engine, sizes, _weights(self.kind, tensors, sizes, dtype))
+                found = GpuReady(engine, _weights(self.kind, tensors, sizes, dtype))
                 self._ready[sizes, dtype] = found
             return found
 
@@ -143,16 +142,16 @@ def key_of(
 
 def _weights(
     kind: str, tensors: Mapping[str, Tensor], sizes: AudioSizes | TextSizes, dtype: torch.dtype
-) -> dict[str, list[Buffer]]:
+) -> Weights:
     """By the graphs that take them. Each tensor is there once, however many graphs take it."""
     target = Target(sizes, to_dtype(dtype), DeviceRef.CPU())  # for its names and dtypes only
     if kind == "encoder":
         types = {"encoder": target.encoder_weights()}
     else:
         types = {"cross_kv": target.cross_kv_weights(), "decoder": target.decoder_weights()}
-    return {
-        graph: list(_shared(kind, tensors, by_name)) for graph, by_name in types.items()
-    }
+    return Weights(
+        {graph: list(_shared(kind, tensors, by_name)) for graph, by_name in types.items()}
+    )
 
 
 def _shared(
