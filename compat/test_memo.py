@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from harness import on_pytorch
 from recordings import samples
 from strategies import numbers, small, token_rows
+from whisper_max import settings
+from whisper_max.runtime import model_state
+from whisper_max.runtime.decoder_session import DecoderSession
 from whisper_max.runtime.engine import CrossCache, Engine
 
 
@@ -164,3 +168,52 @@ def test_only_single_windows_are_remembered(model, executed):
     model.decoder(tokens, features)  # makes room before it takes more
     gc.collect()
     assert not [thing for thing in gc.get_objects() if isinstance(thing, CrossCache)]
+
+
+def open_session(model, features):
+    return DecoderSession(model.decoder, features, 1, settings.active())
+
+
+def keys_of(session) -> int:
+    """Where the keys and values of a session's window are."""
+    return session._state.cross.keys._data_ptr()
+
+
+def test_the_next_window_gets_the_memory_of_the_last(model):
+    tokens, twin = token_rows((1, 5), 100, 1), on_pytorch(model)
+    places = set()
+    for seed in range(3):
+        features = numbers((1, 60, 128), seed)
+        session = open_session(model, features)
+        places.add(keys_of(session))
+        close(session.prefill(tokens, range(5)), twin.decoder(tokens, features))
+        del session
+    assert len(places) == 1
+
+
+def test_a_window_that_is_still_decoded_keeps_its_memory(model):
+    tokens, twin = token_rows((1, 5), 100, 1), on_pytorch(model)
+    features = [numbers((1, 60, 128), seed) for seed in range(4)]
+    sessions = [open_session(model, window) for window in features]
+    assert len({keys_of(session) for session in sessions}) == 4
+    for session, window in zip(sessions, features):
+        close(session.prefill(tokens, range(5)), twin.decoder(tokens, window))
+
+
+def test_windows_of_another_length_get_memory_of_their_own(model):
+    tokens, twin = token_rows((1, 5), 100, 1), on_pytorch(model)
+    for frames in (60, 200, 60):
+        features = numbers((1, frames, 128), frames)
+        session = open_session(model, features)
+        close(session.prefill(tokens, range(5)), twin.decoder(tokens, features))
+
+
+def test_spare_memory_goes_with_its_model(model):
+    session = open_session(model, numbers((1, 60, 128), 1))
+    spare = weakref.ref(model_state.state_of(model.decoder, "decoder").spare)
+    model_state.drop(model.decoder)
+    gc.collect()
+    assert spare() is None
+    tokens = token_rows((1, 5), 100, 1)
+    features = numbers((1, 60, 128), 1)
+    close(session.prefill(tokens, range(5)), on_pytorch(model).decoder(tokens, features))

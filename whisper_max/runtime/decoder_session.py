@@ -42,7 +42,12 @@ class DecoderSession:
         if cross is None:
             state.cross.drop()
             cross = CrossCache(
-                self._ready.engine, self._ready.packed[0], features, self.layers, self._ready.cross
+                self._ready.engine,
+                self._ready.packed[0],
+                features,
+                self.layers,
+                self._ready.cross,
+                state.spare,
             )
             if len(features) == 1:  # 490 MB a window for the largest models
                 state.cross.keep(self._ready, features, cross)

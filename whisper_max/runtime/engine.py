@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,10 +44,37 @@ class Engine:
         return to_torch(self.execute("encoder", to_buffer(mel), self.threads, *weights)[0])
 
 
+class Spare:
+    """The memory of keys and values that no decode uses any more, for the next window's.
+
+    New memory is mapped and cleared by the system page by page, which for huge pages may mean
+    moving others out of the way: up to half of the time that filling it takes.
+    """
+
+    def __init__(self) -> None:
+        # Its operations are atomic: a lock could be held when the garbage collector gives back.
+        self._kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=1)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Two tensors, uninitialized; the spare ones, if they are of that kind."""
+        try:
+            kept = self._kept.pop()
+        except IndexError:
+            kept = None
+        if kept is None or (kept[0].shape, kept[0].dtype) != (shape, dtype):
+            kept = memory.empty(shape, dtype), memory.empty(shape, dtype)
+        return kept
+
+    def give(self, tensors: tuple[Tensor, Tensor]) -> None:
+        """Nobody uses these any more."""
+        self._kept.append(tensors)
+
+
 class CrossCache:
     """Cross-attention keys and values of some windows, for all layers.
 
     features : shape = (windows, n_audio_ctx, n_state), float32
+    spare : where the memory comes from and, of a single window, goes back to
     """
 
     def __init__(
@@ -55,16 +84,25 @@ class CrossCache:
         features: Tensor,
         layers: int,
         dtype: torch.dtype,
+        spare: Spare,
     ) -> None:
         self.windows, self.frames, n_state = features.shape
         self.padded_frames = -(-self.frames // PANEL) * PANEL
         heads = n_state // HEAD_DIM
         shape = (layers, self.windows, heads, self.padded_frames * HEAD_DIM)
-        self.keys, self.values = (
-            to_buffer(memory.empty(shape, dtype)) for _ in ("keys", "values")
-        )
+        tensors = spare.take(shape, dtype)
+        self.keys, self.values = map(to_buffer, tensors)
+        if self.windows == 1:
+            # When the last decode and the memo have let go of this; the spare goes with its model.
+            weakref.finalize(self, _give_back, weakref.ref(spare), tensors).atexit = False
         operands = (self.keys, self.values, to_buffer(features), engine.threads)
         engine.execute("cross_kv", *operands, *weights)
+
+
+def _give_back(spare: weakref.ref[Spare], tensors: tuple[Tensor, Tensor]) -> None:
+    kept = spare()
+    if kept is not None:
+        kept.give(tensors)
 
 
 class DecoderState:

@@ -21,7 +21,7 @@ from ..conditions import float16_reasons, parameter_reasons, value_reasons
 from ..dispatch import refuse
 from ..settings import Settings
 from . import loading, weights
-from .engine import CrossCache, Engine
+from .engine import CrossCache, Engine, Spare
 from .storage import Arithmetic, arithmetic_of
 
 
@@ -126,6 +126,7 @@ class ModelState:
         self.kind = kind
         self.features: Memo[Tensor] = Memo()
         self.cross: Memo[CrossCache] = Memo()
+        self.spare = Spare()
         self._guard = threading.Lock()
         self._watch = Watch()
         self._arithmetic: Arithmetic | None = None
