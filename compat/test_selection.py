@@ -15,7 +15,6 @@ from whisper.model import ModelDimensions, Whisper
 
 from strategies import Recipe, numbers, seeds
 from whisper_max import settings
-from whisper_max.decoding_loop import _selection
 from whisper_max.runtime.decoder_session import DecoderSession
 from whisper_max.selection import Rules, foreign_filters
 
@@ -69,7 +68,7 @@ class Case:
     def on_max(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Log probabilities and tokens, (rows, count), ranked by the kernel."""
         rules = Rules.of(self.task)
-        selection = _selection(rules, count, len(self.tokens))
+        selection = self.session.selection(rules.suppressed, rules.n_vocab, count)
         rows = self.tokens.tolist()
         return self.session.select(
             [row[-1] for row in rows], selection, [rules.after(row) for row in rows]
