@@ -28,7 +28,7 @@ def measure(threads: int) -> dict[str, float | None]:
     return {
         "float32_gflops": _product(torch.float32),
         "bfloat16_gflops": _product(torch.bfloat16) if has_bfloat16 else None,
-        "copy_gbytes": _copy(),
+        "copy_gbytes": copy_gbytes(),
         "read_gbytes": _read(),
     }
 
@@ -38,10 +38,19 @@ def _product(dtype: torch.dtype) -> float:
     return 2 * SIZE**3 / _best(lambda: a @ b) / 1e9
 
 
-def _copy() -> float:
-    source = torch.zeros(BYTES // 4)
-    target = torch.ones(BYTES // 4)
-    return 2 * BYTES / _best(lambda: target.copy_(source)) / 1e9  # read once, written once
+def copy_gbytes(device: str = "cpu", synchronize: Callable[[], None] = lambda: None) -> float:
+    """Gigabytes per second of a large copy, read once and written once.
+
+    synchronize : waits until the device has done it
+    """
+    source = torch.zeros(BYTES // 4, device=device)
+    target = torch.ones(BYTES // 4, device=device)
+
+    def copy() -> None:
+        target.copy_(source)
+        synchronize()
+
+    return 2 * BYTES / _best(copy) / 1e9
 
 
 def _read() -> float:

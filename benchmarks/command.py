@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,10 +84,10 @@ def _gpu(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return REFUSED
-    from . import gpu
+    from . import gpu, machine
 
-    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    path = places.PUBLISHED.results / "gpu" / f"{options.machine or slug}.json"
+    name = options.machine or machine.slug(torch.cuda.get_device_name())
+    path = places.PUBLISHED.results / "gpu" / f"{name}.json"
     gpu.run(options.models or GPU_MODELS, "cuda", path, _say, options.repeats or gpu.ROUNDS)
     _say(f"wrote {path}")
     return 0

@@ -6,16 +6,13 @@ machines that are at hand for minutes.
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
 import torch
 import whisper
-from whisper.decoding import DecodingOptions
 from whisper.model import ModelDimensions, Whisper
 
 import whisper_max
@@ -23,14 +20,16 @@ from whisper_max import report
 from whisper_max.dimensions_of import dimensions_of
 
 from . import machine
-from .inputs import END_OF_TEXT, LANGUAGE
-from .peers.interface import STEPS, UNTIMED_STEPS, Stopwatch
+from .ceilings import copy_gbytes
+from .peers.interface import STEPS, UNTIMED_STEPS, Alternating, Stopwatch
+from .peers.openai_whisper import forced
+from .results import save
+from .samples import speed_up, summarize
 from .scenarios import FORCED_TOKENS
+from .weights import SEED, random_state
 from .work import TOKENS_IN, step_bytes
 
-SEED = 2022
 ROUNDS = 10
-_COPIED = 1 << 30  # bytes
 
 
 @dataclass
@@ -48,17 +47,12 @@ class Comparison:
     reasons: list[str] = field(default_factory=list)
     identical: bool | None = None
 
-    @property
-    def ratio(self) -> float:
-        """How many times as fast the patched side is: the median over the rounds."""
-        return statistics.median(one / other for one, other in zip(self.plain, self.patched))
-
 
 @dataclass
 class GpuResults:
     """One run.
 
-    bytes_per_second : read and written by a large copy on the device
+    copy_gbytes : gigabytes per second of a large copy on the device, see `ceilings`
     step_bytes : what a step of each model reads at least
     """
 
@@ -67,7 +61,7 @@ class GpuResults:
     versions: dict[str, str]
     measured: str
     dtype: str
-    bytes_per_second: float
+    copy_gbytes: float
     step_bytes: dict[str, float] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
 
@@ -93,9 +87,9 @@ def run(
         versions=machine.versions(),
         measured=date.today().isoformat(),
         dtype=str(dtype).removeprefix("torch."),
-        bytes_per_second=_bandwidth(device),
+        copy_gbytes=copy_gbytes(device, lambda: _synchronize(device)),
     )
-    say(f"{results.device}, {results.bytes_per_second / 1e9:,.0f} GB/s, {results.dtype}")
+    say(f"{results.device}, {results.copy_gbytes:,.0f} GB/s, {results.dtype}")
     say(f"{'model':<10} {'operation':<22} {'plain, ms':>10} {'patched':>9} {'ratio':>6}")
     # Models that are on the GPU run there only where that is asked for.
     wanted = None if device == "cpu" else "cuda"
@@ -103,14 +97,17 @@ def run(
         for name in models:
             sizes = dimensions_of(name)
             results.step_bytes[name] = step_bytes(sizes, 1, dtype.itemsize, dtype.itemsize)
-            torch.manual_seed(SEED)
-            model = Whisper(ModelDimensions(**sizes)).to(device)
-            for operation, work in _operations(model, dtype, tokens).items():
-                comparison = _compare(name, operation, work, device, rounds)
+            model = Whisper(ModelDimensions(**sizes))
+            model.load_state_dict(random_state(sizes))
+            model.to(device)
+            # Each side takes the same audio in the same turns.
+            sides = [_operations(model, dtype, tokens) for _ in range(2)]
+            for operation in sides[0]:
+                works = [side[operation] for side in sides]
+                comparison = _compare(name, operation, works, device, rounds)
                 results.comparisons.append(comparison)
                 say(_line(comparison))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+            save(results, path)
             del model
     return results
 
@@ -118,14 +115,16 @@ def run(
 Work = Callable[[], "tuple[float, list[int] | None]"]
 
 
-def _compare(model: str, operation: str, work: Work, device: str, rounds: int) -> Comparison:
+def _compare(
+    model: str, operation: str, works: Sequence[Work], device: str, rounds: int
+) -> Comparison:
     found = Comparison(model, operation)
     texts: list[list] = [[], []]
     for number in range(-UNTIMED_STEPS, rounds):
-        for place, patched in enumerate((False, True)):
+        for side, work in enumerate(works):
             report.reset()
             _synchronize(device)
-            if patched:
+            if side:
                 seconds, text = work()
                 told = whisper_max.status().targets.values()
                 found.reasons += [reason for one in told for reason in one.reasons]
@@ -133,8 +132,8 @@ def _compare(model: str, operation: str, work: Work, device: str, rounds: int) -
                 with whisper_max.disabled():
                     seconds, text = work()
             if number >= 0:
-                (found.plain, found.patched)[place].append(seconds)
-                texts[place].append(text)
+                (found.plain, found.patched)[side].append(seconds)
+                texts[side].append(text)
     found.reasons = list(dict.fromkeys(found.reasons))
     if texts[0][0] is not None:
         found.identical = texts[0] == texts[1]
@@ -145,23 +144,18 @@ def _operations(model: Whisper, dtype: torch.dtype, tokens: int) -> dict[str, Wo
     device = model.device
     generator = torch.Generator().manual_seed(SEED)
     shape = (2, model.dims.n_mels, 2 * model.dims.n_audio_ctx)
-    mels = torch.randn(shape, generator=generator).to(device, dtype)
-    turns = {"mel": 0}
-
-    def mel() -> torch.Tensor:
-        """Another one each time: the patched encoder remembers the last."""
-        turns["mel"] += 1
-        return mels[turns["mel"] % 2]
+    # The patched encoder remembers the last.
+    mels = Alternating(torch.randn(shape, generator=generator).to(device, dtype))
 
     def encoder() -> tuple[float, None]:
         with Stopwatch() as watch:
-            model.encoder(mel()[None])
+            model.encoder(mels.next()[None])
             _synchronize(device.type)
         return watch.seconds, None
 
     def step() -> tuple[float, None]:
         # As a program's own loop decodes: one token, all its logits.
-        features = model.encoder(mel()[None])
+        features = model.encoder(mels.next()[None])
         history = torch.randint(1000, 50000, (1, TOKENS_IN + UNTIMED_STEPS + STEPS))
         history = history.to(device)
         inference = whisper.decoding.PyTorchInference(model, TOKENS_IN)
@@ -176,59 +170,39 @@ def _operations(model: Whisper, dtype: torch.dtype, tokens: int) -> dict[str, Wo
         inference.cleanup_caching()
         return watch.seconds / STEPS, None
 
-    def window(count: int, beams: int | None) -> Work:
-        options = DecodingOptions(
-            language=LANGUAGE,
-            beam_size=beams,
-            sample_len=count,
-            suppress_tokens=[-1, END_OF_TEXT],
-            without_timestamps=True,
-            fp16=dtype is torch.float16,
-        )
+    def window(count: int, beams: int = 1) -> Work:
+        options = forced(count, beams, fp16=dtype is torch.float16)
 
         def run() -> tuple[float, list[int]]:
             with Stopwatch() as watch:
-                decoded = whisper.decode(model, mel(), options).tokens
+                decoded = whisper.decode(model, mels.next(), options).tokens
             return watch.seconds, decoded
 
         return run
 
     def selected_step() -> tuple[float, None]:
         """What one token more costs inside the main loop, its choice included."""
-        longer, shorter = window(tokens, None)()[0], window(tokens // 2, None)()[0]
+        longer, shorter = window(tokens)()[0], window(tokens // 2)()[0]
         return (longer - shorter) / (tokens - tokens // 2), None
 
     return {
         "encoder": encoder,
         "step, all logits": step,
         "step, in the loop": selected_step,
-        "window": window(tokens, None),
+        "window": window(tokens),
         "window, 5 beams": window(tokens, 5),
     }
 
 
 def _line(found: Comparison) -> str:
-    plain, patched = (1e3 * statistics.median(side) for side in (found.plain, found.patched))
+    plain, patched = (1e3 * summarize(side).median for side in (found.plain, found.patched))
+    ratio = speed_up(found.plain, found.patched).median
     told = "" if found.identical is None else f"  {'same' if found.identical else 'other'} tokens"
     told += f"  PyTorch: {'; '.join(found.reasons)}" if found.reasons else ""
     return (
         f"{found.model:<10} {found.operation:<22} {plain:>10.2f} {patched:>9.2f} "
-        f"{found.ratio:>6.2f}{told}"
+        f"{ratio:>6.2f}{told}"
     )
-
-
-def _bandwidth(device: str) -> float:
-    """Bytes read and written each second by the best of several copies."""
-    source = torch.ones(_COPIED // 4 if device != "cpu" else _COPIED // 16, device=device)
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(5):
-        _synchronize(device)
-        with Stopwatch() as watch:
-            target.copy_(source)
-            _synchronize(device)
-        best = max(best, 2 * source.nbytes / watch.seconds)
-    return best
 
 
 def _synchronize(device: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from whisper_max import settings
@@ -68,16 +68,15 @@ def keys(
     models: Sequence[str], architectures: Sequence[str], dtypes: Sequence[str]
 ) -> Iterator[tuple[ArtifactKey, str, str]]:
     """The artifacts that models on such GPUs load, each with its model and part."""
-    from whisper_max.graphs.gpu.specification import AudioSizes, TextSizes
-    from whisper_max.runtime.gpu.state import key_of
+    from whisper_max.runtime.gpu.state import key_of, sizes_of
 
     level = settings.active().cpu_level
     for model in models:
         dimensions = dimensions_of(model)
         for dtype in dtypes:
             for architecture in architectures:
-                for part, kind in zip(PARTS, (AudioSizes, TextSizes)):
-                    sizes = kind(**{field.name: dimensions[field.name] for field in fields(kind)})
+                for part in PARTS:
+                    sizes = sizes_of(part, dimensions)
                     yield key_of(part, sizes, dtype, f"cuda:{architecture}", level), model, part
 
 

@@ -48,8 +48,12 @@ def name_of(machine: dict[str, object]) -> str:
     'intel-xeon-2.50ghz-2cpus'
     """
     words = re.sub(r"\(\w+\)|\bCPU\b|\bProcessor\b", " ", str(machine["cpu_model"]))
-    slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
-    return f"{slug}-{machine['cpus']}cpus"
+    return f"{slug(words)}-{machine['cpus']}cpus"
+
+
+def slug(words: str) -> str:
+    """Words as a part of a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
 
 def _version_of_sources() -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT = 1
 
@@ -133,7 +137,7 @@ class Results:
         ]
 
 
-def save(results: Results, path: Path) -> None:
+def save(results: DataclassInstance, path: Path) -> None:
     """Writes a results file, and the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(asdict(results), indent=1, ensure_ascii=False, default=_refuse)

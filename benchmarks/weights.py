@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -42,13 +42,17 @@ def prepare(model: Model, say: Callable[[str], None]) -> None:
 def save_random(model: Model, path: Path) -> None:
     """Writes a checkpoint in openai-whisper's format, the same at every call."""
     dims = model.dimensions()
+    torch.save({"dims": dims, "model_state_dict": random_state(dims)}, path)
+
+
+def random_state(dims: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """A state_dict in float16 of a model of these dimensions, the same at every call."""
     whisper = Whisper(ModelDimensions(**dims))
     generator = torch.Generator().manual_seed(SEED)
-    state = {
+    return {
         name: _random(name, tensor, generator).half()
         for name, tensor in whisper.state_dict().items()
     }
-    torch.save({"dims": dims, "model_state_dict": state}, path)
 
 
 def _random(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

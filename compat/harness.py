@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,6 +38,31 @@ def compile_all(*precisions: str) -> Path:
     with ThreadPoolExecutor() as pool:
         list(pool.map(compiled, wanted))
     return active.cache_dir
+
+
+def run_tests(*tests: str | Path, **environment: str | None) -> str:
+    """Runs tests of compat/ in a process of its own; what it printed. Fails unless they pass.
+
+    environment : variables for it; None for one that it is not to have
+    """
+    done = run_python("-m", "pytest", "-p", "no:cacheprovider", *map(str, tests), **environment)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def run_python(
+    *arguments: str, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python in compat/, with variables as for `run_tests`; standard error is with output."""
+    variables = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=Path(__file__).parent,
+        env={name: value for name, value in variables.items() if value is not None},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 device = "cpu"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,11 +30,11 @@ from strategies import Recipe, numbers
 from tolerances import assert_precise
 from whisper_max import demo, settings
 from whisper_max.graphs.gpu.build import ENCODER
-from whisper_max.graphs.gpu.specification import AudioSizes, Target, TextSizes
+from whisper_max.graphs.gpu.specification import Target
 from whisper_max.graphs.specification import MASKED
 from whisper_max.runtime import artifacts, compilation
 from whisper_max.runtime.gpu.engine import RANKED
-from whisper_max.runtime.gpu.state import key_of
+from whisper_max.runtime.gpu.state import key_of, sizes_of
 from whisper_max.runtime.tensors import int32, to_buffer, to_torch
 from whisper_max.selection import Rules
 
@@ -43,12 +42,8 @@ DIMS = ModelDimensions(8, 12, 128, 2, 2, 120, 20, 128, 2, 2)
 EOT, NO_TIMESTAMPS, TIMESTAMP_BEGIN = 70, 75, 76
 disable_sdpa = getattr(whisper.model, "disable_sdpa", nullcontext)  # 20231117 has no SDPA
 AUDIO, TEXT = (
-    Target(
-        sizes(**{field.name: getattr(DIMS, field.name) for field in fields(sizes)}),
-        DType.float32,
-        DeviceRef.CPU(),
-    )
-    for sizes in (AudioSizes, TextSizes)
+    Target(sizes_of(part, vars(DIMS)), DType.float32, DeviceRef.CPU())
+    for part in ("encoder", "decoder")
 )
 WEIGHTS = {
     "encoder": list(AUDIO.encoder_weights()),

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from harness import run_tests
 from whisper_max import settings
 from whisper_max.runtime import hardware
 
-HERE = Path(__file__).parent
 LEVEL = hardware.cpu_level(settings.active().cpu_level)
 LOWER = settings.CPU_LEVELS[: settings.CPU_LEVELS.index(LEVEL)]
 TESTS = [
@@ -28,12 +23,4 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("level", LOWER or [pytest.param("none", marks=pytest.mark.skip)])
 def test_parity_at_a_lower_level(level):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS],
-        cwd=HERE,
-        env={**os.environ, "WHISPER_MAX_CPU": level},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
+    run_tests(*TESTS, WHISPER_MAX_CPU=level)

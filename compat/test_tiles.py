@@ -5,7 +5,6 @@ Each test runs others of this folder in a process of its own, which takes the CP
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import run_python, run_tests
 from whisper_max.runtime import hardware
 
 HERE = Path(__file__).parent
@@ -63,25 +63,13 @@ check_tiles(artifacts.find(key, settings.active().cache_dir), dict(key.options))
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """Runs Python on an emulated CPU with AMX."""
+    """Variables that make the CPU one with emulated AMX."""
     library = tmp_path_factory.mktemp("amx") / "libamx_emulator.so"
     flags = ["-O2", "-Wall", "-Werror", "-mavx512f", "-shared", "-fPIC"]
     command = ["cc", *flags, "-o", str(library), str(HERE / "amx_emulator.c"), "-ldl"]
     subprocess.run(command, check=True)
 
-    def run(*arguments, mode=""):
-        environment = {**os.environ, "LD_PRELOAD": str(library), "AMX_EMULATOR": mode}
-        environment.pop("WHISPER_MAX_CPU", None)
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=HERE.parent,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return run
+    return {"LD_PRELOAD": str(library), "AMX_EMULATOR": "", "WHISPER_MAX_CPU": None}
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -97,16 +85,14 @@ def test_more_emulated(emulated, selection):
 
 def check_emulated(emulated, tests):
     """Run tests of this folder on tiles; fail unless they pass, and used tiles."""
-    chosen = [str(HERE / test) for test in tests]
-    done = emulated("-m", "pytest", "-p", "no:cacheprovider", *chosen)
-    assert done.returncode == 0, done.stdout
-    assert "amx_emulator: executed" in done.stdout, done.stdout
+    told = run_tests(*tests, **emulated)
+    assert "amx_emulator: executed" in told, told
 
 
 def test_wrong_sums_are_found_by_the_check(emulated):
-    done = emulated("-c", CHECK)
+    done = run_python("-c", CHECK, **emulated)
     assert done.returncode == 0, done.stdout
-    done = emulated("-c", CHECK, mode="wrong")
+    done = run_python("-c", CHECK, **{**emulated, "AMX_EMULATOR": "wrong"})
     assert done.returncode == 1 and "its tile kernels are off by" in done.stdout, done.stdout
 
 
@@ -115,5 +101,6 @@ def test_no_tiles_where_linux_refuses_them(emulated):
         "from whisper_max.runtime import hardware, storage; print(hardware.cpu_level(), "
         "[key.cpu_level for key in storage.keys_of(storage.arithmetic_of('high', True))])"
     )
-    assert emulated("-c", program).stdout == "amx ['amx', 'avx512']\n"
-    assert emulated("-c", program, mode="refuse").stdout == "avx512 ['avx512']\n"
+    assert run_python("-c", program, **emulated).stdout == "amx ['amx', 'avx512']\n"
+    refusing = {**emulated, "AMX_EMULATOR": "refuse"}
+    assert run_python("-c", program, **refusing).stdout == "avx512 ['avx512']\n"

@@ -9,7 +9,7 @@ import re
 import pytest
 
 import whisper_max
-from benchmarks import command, gpu, places, scenarios
+from benchmarks import ceilings, command, gpu, places, scenarios
 from benchmarks.report import block, page, with_block, write
 from benchmarks.report.readme import BEGIN, END
 from benchmarks.results import load_all, save
@@ -81,7 +81,8 @@ def test_both_sides_of_a_gpu_are_compared_in_turns(monkeypatch, tmp_path):
     """On the CPU and with a model of two small layers; what is called patched falls back."""
     small = {**dimensions_of("tiny"), "n_audio_layer": 1, "n_text_layer": 1}
     monkeypatch.setattr(gpu, "dimensions_of", lambda name: small)
-    monkeypatch.setattr(gpu, "_COPIED", 1 << 20)
+    monkeypatch.setattr(ceilings, "BYTES", 1 << 20)
+    monkeypatch.setattr(ceilings, "SECONDS", 0.01)
     monkeypatch.setenv("WHISPER_MAX_CACHE_DIR", str(tmp_path / "none"))
     patched = whisper_max.patched
     monkeypatch.setattr(

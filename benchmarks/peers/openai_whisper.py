@@ -76,14 +76,7 @@ class OpenAIWhisper(Peer):
 
     def window(self, tokens: int, beams: int, words: bool) -> Operation:
         mels = self._mels()
-        options = whisper.DecodingOptions(
-            language=LANGUAGE,
-            beam_size=beams if beams > 1 else None,
-            sample_len=tokens,
-            suppress_tokens=[-1, END_OF_TEXT],
-            without_timestamps=True,
-            fp16=False,
-        )
+        options = forced(tokens, beams)
 
         def run() -> Outcome:
             mel = mels.next()[0]
@@ -149,6 +142,18 @@ class OpenAIWhisper(Peer):
         mels = self._mels()
         with torch.no_grad(), self.arithmetic():
             return Alternating([self.model.encoder(mels.next()) for _ in range(2)])
+
+
+def forced(tokens: int, beams: int, fp16: bool = False) -> whisper.DecodingOptions:
+    """Options by which a window is decoded to exactly so many tokens."""
+    return whisper.DecodingOptions(
+        language=LANGUAGE,
+        beam_size=beams if beams > 1 else None,
+        sample_len=tokens,
+        suppress_tokens=[-1, END_OF_TEXT],
+        without_timestamps=True,
+        fp16=fp16,
+    )
 
 
 def _words(segments: Iterable[dict]) -> list[tuple[float, float, str]]:

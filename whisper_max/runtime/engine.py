@@ -165,10 +165,8 @@ class Selection:
     """
 
     def __init__(self, suppressed: Sequence[int], n_vocab: int, count: int, rows: int) -> None:
-        mask = np.zeros(n_vocab, np.float32)
-        mask[list(suppressed)] = MASKED
         self.count = count
-        self.mask = Buffer.from_numpy(mask)
+        self.mask = Buffer.from_numpy(suppression(suppressed, n_vocab))
         self.ranks = int32([0] * count)
         self.every_row = int32(list(range(rows)))
         self._tokens = np.zeros((rows, 1), np.int32)
@@ -180,6 +178,13 @@ class Selection:
         """The step's tokens, one of each row, and the rules for what may follow them."""
         self._tokens[:, 0] = tokens
         self._rules[:] = rules
+
+
+def suppression(suppressed: Sequence[int], n_vocab: int) -> np.ndarray:
+    """What is added to the logits, shape = (n_vocab,), float32: some tokens are never sampled."""
+    mask = np.zeros(n_vocab, np.float32)
+    mask[list(suppressed)] = MASKED
+    return mask
 
 
 class Scores:

@@ -203,8 +203,8 @@ class Rooms:
         """One for so many (windows, beams), if possible one that is for these features."""
         with self._guard:
             fitting = [room for room in self._idle if room.shape == shape]
-            same = [room for room in fitting if room.is_for(weights, features)]
-            room = next(iter([*same, *fitting]), None)
+            same = (room for room in fitting if room.is_for(weights, features))
+            room = next(itertools.chain(same, fitting), None)
             if room is not None:
                 self._idle.remove(room)
             return room

@@ -11,9 +11,9 @@ from max.driver import Buffer
 from torch import Tensor, nn
 
 from ...conditions import UnsupportedByMax
-from ...graphs.specification import MASKED
 from ...settings import Settings
 from ..decoder_session import distinct
+from ..engine import suppression
 from ..model_state import state_of
 from ..tensors import to_buffer, to_torch
 from .engine import RANKED, Room, to_dtype
@@ -158,7 +158,5 @@ class GpuSelection:
     """
 
     def __init__(self, room: Room, suppressed: Sequence[int], n_vocab: int, count: int) -> None:
-        mask = np.zeros(n_vocab, np.float32)
-        mask[list(suppressed)] = MASKED
         self.count = count
-        room.suppress(mask)
+        room.suppress(suppression(suppressed, n_vocab))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import NamedTuple
 
 import torch
@@ -95,6 +95,12 @@ class GpuState:
         refuse(parameter_reasons(tensors.values(), place.torch_device))
         self._reasons = value_reasons(tensors)
         self._watch.note(tensors)
+
+
+def sizes_of(kind: str, dimensions: Mapping[str, int]) -> AudioSizes | TextSizes:
+    """Of the "encoder" or "decoder" of a model with these `ModelDimensions`, by name."""
+    sizes = AudioSizes if kind == "encoder" else TextSizes
+    return sizes(**{field.name: dimensions[field.name] for field in fields(sizes)})
 
 
 def audio_sizes(encoder: nn.Module) -> AudioSizes:
