@@ -31,11 +31,14 @@ ERRORS = (
 
 
 def outcome(call):
-    """What a call returns, or the type and the text of what it raises."""
+    """What a call returns, or the type and the text of what it raises, without addresses.
+
+    ffmpeg 7 says where in memory its parts are.
+    """
     try:
         return call()
     except ERRORS as error:
-        return type(error), str(error)
+        return type(error), re.sub(r"\b0x[0-9a-f]+\b", "0x…", str(error))
 
 
 def transcribe(model, audio):
