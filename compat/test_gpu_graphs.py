@@ -33,7 +33,7 @@ from whisper_max.graphs.gpu.build import ENCODER
 from whisper_max.graphs.gpu.specification import Target
 from whisper_max.graphs.specification import MASKED
 from whisper_max.runtime import artifacts, compilation
-from whisper_max.runtime.gpu.engine import RANKED
+from whisper_max.runtime.gpu.engine import MOST_BEAMS, RANKED
 from whisper_max.runtime.gpu.state import key_of, sizes_of
 from whisper_max.runtime.tensors import int32, to_buffer, to_torch
 from whisper_max.selection import Rules
@@ -49,6 +49,7 @@ WEIGHTS = {
     "encoder": list(AUDIO.encoder_weights()),
     "cross_kv": list(TEXT.cross_kv_weights()),
     "decoder_prefill": list(TEXT.decoder_weights()),
+    "decoder_greedy_step": list(TEXT.decoder_weights()),
     "decoder_step": list(TEXT.decoder_weights()),
     "decoder_alignment": list(TEXT.decoder_weights()),
 }
@@ -118,14 +119,18 @@ class Case:
         return self.run("decoder_prefill", *operands, int32(wanted), *self.cache, *self.cross)[0]
 
     def step(
-        self, tokens: Tensor, start: int, parents: list[int], mask: Tensor, rules: list[list[int]]
+        self,
+        tokens: Tensor,
+        start: int,
+        parents: list[int],
+        mask: Tensor,
+        rules: list[list[int]],
+        graph: str = "decoder_step",
     ) -> list[Tensor]:
         """tokens, shape = (rows, 1) -> log probabilities and tokens, ranked."""
         operands = self._place(tokens, start, parents)
         rules = int32(np.reshape(rules, (self.windows, self.beams, 5)))
-        return self.run(
-            "decoder_step", *operands, to_buffer(mask), rules, *self.cache, *self.cross
-        )
+        return self.run(graph, *operands, to_buffer(mask), rules, *self.cache, *self.cross)
 
     def upstream(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of whole texts, (rows, count, n_vocab): upstream's, and in float64."""
@@ -143,11 +148,14 @@ class Case:
 
 
 def upstream_cross(decoder: nn.Module, features: Tensor) -> list[Tensor]:
-    """Keys and values of cross attention, layer by layer: (windows, heads, n_audio_ctx, 64)."""
+    """Keys, scaled, and values of cross attention by layer: (windows, heads, n_audio_ctx, 64)."""
     return [
-        part(features).unflatten(2, (DIMS.n_text_head, 64)).transpose(1, 2).contiguous()
+        part.unflatten(2, (DIMS.n_text_head, 64)).transpose(1, 2).contiguous()
         for block in decoder.blocks
-        for part in (block.cross_attn.key, block.cross_attn.value)
+        for part in (
+            block.cross_attn.key(features) * 64**-0.25,
+            block.cross_attn.value(features),
+        )
     ]
 
 
@@ -189,7 +197,7 @@ def test_keys_and_values_of_cross_attention(graphs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("windows", "beams"), [(1, 1), (1, 5), (2, 3)])
+@pytest.mark.parametrize(("windows", "beams"), [(1, 1), (1, 5), (2, 3), (1, 2 * MOST_BEAMS)])
 def test_prompt_at_once_and_in_parts(graphs, windows, beams):
     case = Case(graphs, windows, beams)
     rows = windows * beams
@@ -225,13 +233,17 @@ def test_a_cache_that_served_another_text(graphs):
 
 
 @pytest.mark.slow
-def test_beams_go_on_from_other_beams(graphs):
-    case = Case(graphs, 2, 3)
-    tokens = drawn_tokens(6, 5)
-    case.prefill(tokens[:, :4], 0, list(range(6)), [0])
-    parents = [2, 0, 0, 3, 5, 4]
+@pytest.mark.parametrize(
+    "parents", [[[2, 0, 0], [3, 5, 4]], [[*range(1, MOST_BEAMS), 0]], [[0], [1]]], ids=str
+)
+def test_beams_go_on_from_other_beams(graphs, parents):
+    case = Case(graphs, len(parents), len(parents[0]))
+    parents = sum(parents, [])
+    rows = len(parents)
+    tokens = drawn_tokens(rows, 5)
+    case.prefill(tokens[:, :4], 0, list(range(rows)), [0])
     tokens = torch.cat([tokens[parents, :4], tokens[:, 4:]], dim=1)
-    found = case.prefill(tokens[:, 4:], 4, parents, list(range(6)))
+    found = case.prefill(tokens[:, 4:], 4, parents, list(range(rows)))
     assert_precise(found, *(logits[:, -1] for logits in case.upstream(tokens)))
 
 
@@ -272,7 +284,11 @@ def test_a_step_ranks_what_upstreams_filters_leave(graphs, sampled, suppressed, 
     following = [rules.after(row) for row in tokens.tolist()]
     for place in range(last):
         case.step(tokens[:, place : place + 1], place, [0, 1], mask, following)
+    # Of a step that is done once more, the cache holds the same again.
+    first = case.step(tokens[:, last:], last, [0, 1], mask, following, "decoder_greedy_step")
     logprobs, best = case.step(tokens[:, last:], last, [0, 1], mask, following)
+    for one, all_of_them in zip(first, (logprobs, best)):
+        torch.testing.assert_close(one, all_of_them[:, :1], rtol=0, atol=0, equal_nan=True)
 
     logits = case.upstream(tokens)[0][:, -1]
     for logit_filter in stock_filters(suppressed):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import whisper
+from max.driver import CPU
 
 import whisper_max
 from whisper_max import demo, versions
@@ -15,6 +16,8 @@ from whisper_max.cli import bench, main
 from whisper_max.cli.sizes import readable
 from whisper_max.conditions import UnsupportedByMax
 from whisper_max.runtime import artifacts, compilation, hardware
+from whisper_max.runtime.gpu import places
+from whisper_max.runtime.gpu.places import Place
 
 from compile_tools import KEY, ensure
 
@@ -86,10 +89,31 @@ def test_weights_that_float16_does_not_hold_get_an_artifact_of_their_own(compile
     assert compiled == ["whisper-int8-float16-avx512"]
 
 
+def test_a_model_of_a_gpu_needs_two_artifacts_of_its_own(compiled, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    def place(device):
+        assert device == torch.device("cuda", 1)
+        return Place(device, CPU(), "cuda:sm_80")
+
+    monkeypatch.setattr(places, "cuda_place", place)
+    assert main(["compile", "--device", "cuda", "tiny", "turbo"]) == 0
+    parts = ["encoder-384x4", "decoder-384x4", "encoder-1280x32", "decoder-1280x4"]
+    labels = [f"gpu-{part}-float16" for part in parts]
+    assert compiled == labels
+    told = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(", ")[2] for line in told] == [
+        *["for tiny on this GPU"] * 2, *["for turbo on this GPU"] * 2
+    ]
+
+
 def test_compile_says_why_it_cannot(compiled, monkeypatch, capsys):
     assert main(["compile", "--device", "cuda"]) == 2
-    told = capsys.readouterr().err
-    assert "graphs for a GPU are compiled when a model there first asks for them" in told
+    assert "have the sizes of one model, which has to be named" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["compile", "--device", "cuda", "tiny"]) == 2
+    assert capsys.readouterr().err == "whisper-max: PyTorch finds no NVIDIA GPU\n"
 
     failed = compilation.ArtifactState("failed", "compiling failed: it was killed")
     monkeypatch.setattr(compilation, "ensure", lambda *_, **__: failed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,9 +21,17 @@ from whisper_max.conditions import UnsupportedByMax, device_reasons, tensor_reas
 from whisper_max.graphs.gpu.specification import TextSizes
 from whisper_max.graphs.specification import MASKED
 from whisper_max.runtime.gpu import places
-from whisper_max.runtime.gpu.engine import RANKED, GpuEngine, Room, Rooms, Weights
+from whisper_max.runtime.gpu.engine import (
+    MOST_BEAMS,
+    RANKED,
+    GpuEngine,
+    Room,
+    Rooms,
+    Weights,
+)
 from whisper_max.runtime.gpu.places import CudaPlace, Place
-from whisper_max.runtime.gpu.session import GpuSelection
+from whisper_max.runtime.gpu.session import GpuSelection, GpuSession
+from whisper_max.runtime.gpu.state import GpuReady
 
 SIZES = TextSizes(
     n_audio_ctx=6, n_vocab=9, n_text_ctx=4, n_text_state=64, n_text_head=1, n_text_layer=2
@@ -78,7 +87,7 @@ class Capturing(Place):
 def engine() -> GpuEngine:
     made = GpuEngine.__new__(GpuEngine)
     made.place = Capturing(torch.device("cpu"), CPU(), "cpu")
-    made.graphs = {"decoder_step": Step(), "cross_kv": Step()}
+    made.graphs = {name: Step() for name in ("decoder_step", "decoder_greedy_step", "cross_kv")}
     made.rooms = Rooms()
     return made
 
@@ -124,6 +133,14 @@ def test_a_captured_step_is_not_replayed_for_other_weights(engine, room):
     gc.collect()
     step(room, 0, [0, 1], Weights(decoder=[], cross_kv=[]))
     assert engine.graphs["decoder_step"].names[-4:] == ["release", *captured[:3]]
+
+
+def test_a_captured_step_is_not_replayed_for_another_graph(engine, room):
+    greedy, beams = engine.graphs["decoder_greedy_step"], engine.graphs["decoder_step"]
+    room.step([3, 4], 0, [0, 1], RULES, WEIGHTS, "decoder_greedy_step")
+    step(room, 1, [0, 1])
+    assert greedy.names == ["execute", "capture", "replay", "release"]
+    assert beams.names == ["execute", "capture", "replay"]
 
 
 def test_two_rooms_have_captures_of_their_own(engine, room):
@@ -228,6 +245,49 @@ def test_a_selection_masks_what_is_suppressed(engine, room):
     GpuSelection(room, (2, 5), SIZES.n_vocab, 1)
     expected = [MASKED if token in (2, 5) else 0 for token in range(9)]
     assert room._mask.buffer.to_numpy() == pytest.approx(expected)
+
+
+def session(room: Room) -> GpuSession:
+    """A decode in a room, of which the prompt is there."""
+    made = GpuSession.__new__(GpuSession)
+    made._room, made._ready = room, GpuReady(room._engine, WEIGHTS)
+    made.length, made._n_text_ctx = 1, SIZES.n_text_ctx
+    made._identity = made._parents = list(range(room.rows))
+    return made
+
+
+def test_greedy_decoding_ranks_one_token(engine):
+    engine.graphs["decoder_greedy_step"].results = [
+        Buffer.zeros((2, 1), kind, CPU()) for kind in (DType.float32, DType.int32)
+    ]
+    engine.place = Place(torch.device("cpu"), CPU(), "cpu")
+    decode = session(Room(engine, SIZES, DType.float32, 1, 2))
+    for count, graph in ((1, "decoder_greedy_step"), (2, "decoder_step")):
+        selection = decode.selection((), SIZES.n_vocab, count)
+        logprobs, best = decode.select([3, 4], selection, RULES)
+        assert logprobs.shape == best.shape == (2, count)
+        assert engine.graphs[graph].names == ["execute"]
+
+
+def test_beams_that_change_places_are_few_and_of_one_window(engine):
+    """The kernel has room for so many, and looks into one window."""
+    crowd = list(range(MOST_BEAMS + 1))
+    for (windows, beams), parents, reason in [
+        ((2, 2), [1, 0, 3, 2], None),
+        ((2, 2), [2, 1, 2, 3], "a row goes on as one of another window"),
+        ((1, len(crowd)), crowd, None),
+        ((1, len(crowd)), crowd[::-1], f"{len(crowd)} beams, where {MOST_BEAMS} change places"),
+    ]:
+        rows = windows * beams
+        engine.graphs["decoder_step"].results = [
+            Buffer.zeros((rows, RANKED), kind, CPU()) for kind in (DType.float32, DType.int32)
+        ]
+        engine.place = Place(torch.device("cpu"), CPU(), "cpu")
+        decode = session(Room(engine, SIZES, DType.float32, windows, beams))
+        decode.reorder(parents)
+        selection = decode.selection((), SIZES.n_vocab, 2)
+        with pytest.raises(UnsupportedByMax, match=reason) if reason else nullcontext():
+            decode.select([3] * rows, selection, RULES[:1] * rows)
 
 
 class Stream:

@@ -38,11 +38,13 @@ def compile(
 
     The graphs have no fixed sizes, so what serves one model serves all of them. Only the weights'
     form makes a difference: in the precisions "high" and "highest" they are held in float16 where
-    that is exact, as for all official models, and in float32 where it is not.
+    that is exact, as for all official models, and in float32 where it is not. Graphs for a GPU do
+    have a model's sizes, and are for that GPU.
 
     model_or_name : an official name ("tiny.en" … "turbo"), which needs no download; a checkpoint
         file or a loaded model, whose weights are then looked at; None stands for any official model
-    precision, device : as for patch(); default: those in force
+    precision, device : as for patch(); default: those in force. "cuda" is PyTorch's current one,
+        in float16, which whisper decodes in there if it is not told otherwise
     progress : show a progress bar on stderr
 
     Returns the compiled files. Raises UnsupportedByMax when MAX cannot run the model or the
@@ -74,8 +76,11 @@ def compile(
 def start(wanted: Settings) -> None:
     """Begin to compile what the official models need, in the background, and return at once.
 
-    Nothing is raised: where it cannot be done, a call that would need it says why.
+    Nothing is raised: where it cannot be done, a call that would need it says why. On a GPU a
+    model's first call begins, since only then its sizes are known.
     """
+    if wanted.device == "cuda":
+        return
     from .runtime import compilation
     from .runtime.cache_folder import CacheRefused
 
@@ -100,9 +105,11 @@ def artifact_keys(
         dims = dimensions_of(model_or_name)
         for part in ("audio", "text"):
             refuse(head_reasons(dims[f"n_{part}_head"], dims[f"n_{part}_state"]))
-    if wanted.device not in (None, "cpu"):
-        refuse(["graphs for a GPU are compiled when a model there first asks for them"])
     refuse(versions.environment_reasons())
+    if wanted.device == "cuda":
+        if model_or_name is None:
+            refuse(["graphs for a GPU have the sizes of one model, which has to be named"])
+        return _gpu_keys(dims, wanted)
 
     from .runtime.storage import arithmetic_of, keys_of
 
@@ -110,6 +117,22 @@ def artifact_keys(
         arithmetic_of(wanted.precision, exact) for exact in _exact_parts(model_or_name, wanted)
     )
     return [keys_of(arithmetic, wanted.cpu_level) for arithmetic in wanted_of_parts]
+
+
+def _gpu_keys(dims: Mapping[str, int], wanted: Settings) -> list[tuple[ArtifactKey, ...]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        refuse(["PyTorch finds no NVIDIA GPU"])
+
+    from .runtime.gpu.places import cuda_place
+    from .runtime.gpu.state import key_of, sizes_of
+
+    place = cuda_place(torch.device("cuda", torch.cuda.current_device()))
+    return [
+        (key_of(part, sizes_of(part, dims), "float16", place.architecture, wanted.cpu_level),)
+        for part in ("encoder", "decoder")
+    ]
 
 
 def _exact_parts(model_or_name: Source | None, wanted: Settings) -> Iterator[bool]:

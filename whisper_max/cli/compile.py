@@ -10,11 +10,13 @@ from ..settings import DEVICES, PRECISIONS
 from .errors import CommandError, Parser
 from .sizes import readable
 
+EVERY_SIZE = "for models of every size"
+
 
 def run(arguments: list[str]) -> int:
     """Compile what the named models need, where it is not there, and wait for it."""
     options = _parser().parse_args(arguments)
-    files: dict[Path, None] = {}
+    files: dict[Path, str] = {}
     for model in options.models or [None]:
         try:
             found = whisper_max.compile(
@@ -22,9 +24,10 @@ def run(arguments: list[str]) -> int:
             )
         except ValueError as error:
             raise CommandError(str(error)) from error
-        files.update(dict.fromkeys(found))
-    for file in files:
-        print(f"ready: {file} ({readable(file.stat().st_size)}), for models of every size")
+        serves = f"for {model} on this GPU" if options.device == "cuda" else EVERY_SIZE
+        files.update(dict.fromkeys(found, serves))
+    for file, serves in files.items():
+        print(f"ready: {file} ({readable(file.stat().st_size)}), {serves}")
     return 0
 
 
@@ -32,7 +35,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="whisper-max compile",
         description="Prepare the compiled graphs, so that the first run needs not. One file serves "
-        "all official models, and nothing is downloaded.",
+        "all official models, except on a GPU, and nothing is downloaded.",
     )
     parser.add_argument(
         "models",

@@ -41,8 +41,8 @@ def graphs_digest() -> str:
 
 
 def kernels_digest() -> str:
-    """A digest of the Mojo sources of the kernels."""
-    return _digest_of_files(PACKAGE / "kernels", "*.mojo")
+    """A digest of the Mojo sources of the kernels, for CPUs and for GPUs."""
+    return _digest_of_files(PACKAGE, "*.mojo")
 
 
 def engine_build() -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, Module
+from max.graph import DeviceRef, Graph, KernelLibrary, Module
 
 from .cross_kv import cross_kv
 from .decoder import decoder_alignment, decoder_prefill, decoder_step
 from .encoder import encoder
+from .layers import KERNELS
 from .specification import AudioSizes, Target, TextSizes
 
 ENCODER = ("encoder",)
-DECODER = ("cross_kv", "prefill", "step", "alignment")
+DECODER = ("cross_kv", "prefill", "greedy_step", "step", "alignment")
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -24,7 +25,7 @@ def build(
     cpu_level : of no consequence here
     dtype : one of DTYPES
     graphs : of ENCODER or of DECODER, with commas between
-    ranked : how many tokens of each row a step ranks: one more than there are beams
+    ranked : how many tokens of each row "step" ranks: one more than there are beams
     sizes : the fields of `AudioSizes`, for the encoder, or of `TextSizes`
 
     Raises ValueError for a dtype or a graph that there is not, and for graphs of both.
@@ -41,14 +42,18 @@ def build(
         DType[dtype],
         DeviceRef.CPU() if device == "cpu" else DeviceRef.GPU(0),
     )
+    module, library = Module(), KernelLibrary()
+    if known is DECODER:
+        library.load_paths([KERNELS])
+    decoder = (module, library, target)
     builders = {
-        "encoder": encoder,
-        "cross_kv": cross_kv,
-        "prefill": decoder_prefill,
-        "step": lambda module, target: decoder_step(module, target, ranked),
-        "alignment": decoder_alignment,
+        "encoder": lambda: encoder(module, target),
+        "cross_kv": lambda: cross_kv(module, target),
+        "prefill": lambda: decoder_prefill(*decoder),
+        "greedy_step": lambda: decoder_step(*decoder, "decoder_greedy_step", 1),
+        "step": lambda: decoder_step(*decoder, "decoder_step", ranked),
+        "alignment": lambda: decoder_alignment(*decoder),
     }
-    module = Module()
     for name in names:
-        last = builders[name](module, target)
+        last = builders[name]()
     return last

@@ -4,7 +4,7 @@ Three graphs over the same blocks: the prompt fills the cache (prefill), one tok
 (step), and a whole text is read at once for its attention (alignment). A step touches the same
 memory each time and asks the host nothing, so that it can be captured and replayed: where it
 stands, whom it continues and what may follow are operands on the device, and the cache has its
-full length, with a mask.
+full length, with a mask. Keys are cached as their product with queries takes them, scaled.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from max.dtype import DType
-from max.graph import BufferType, BufferValue, Graph, Module, TensorType, TensorValue, ops
+from max.graph import BufferType, Graph, KernelLibrary, Module, TensorType, TensorValue, ops
 
 from ..specification import HEAD_DIM
 from .cross_kv import cross_types
-from .layers import HIDDEN, Layers, merge_heads, qkv_attention, split_heads
+from .layers import HIDDEN, Layers, append, merge_heads, qkv_attention, scaled, split_heads
 from .selection import select
 from .specification import Target
 
@@ -24,7 +24,7 @@ ROWS = ("windows", "beams")
 
 
 def cache_types(target: Target) -> list[BufferType]:
-    """Keys and values of layer 0, of layer 1, …: (windows, beams, heads, n_text_ctx, 64) each.
+    """Keys, scaled, and values of each layer: (windows, beams, heads, n_text_ctx, 64) each.
 
     They must hold finite numbers from the beginning: what the mask hides is multiplied by zero.
     """
@@ -33,7 +33,7 @@ def cache_types(target: Target) -> list[BufferType]:
     return [BufferType(target.dtype, shape, target.device)] * (2 * sizes.n_text_layer)
 
 
-def decoder_prefill(module: Module, target: Target) -> Graph:
+def decoder_prefill(module: Module, library: KernelLibrary, target: Target) -> Graph:
     """Runs new tokens through the decoder and appends them to the cache.
 
     Operands:
@@ -41,7 +41,7 @@ def decoder_prefill(module: Module, target: Target) -> Graph:
     positions, shape = (tokens,), int32
         consecutive, the first one behind what is in the cache
     parents, shape = (windows, beams), int32
-        flat number of the row that each row continues
+        flat number of the row that each row continues, see gpu_kernels/cache.mojo
     wanted, shape = (any,), int32
         flat numbers of the tokens whose logits are computed
     the buffers of `cache_types`; the tensors of `cross_types`; the weights.
@@ -54,7 +54,7 @@ def decoder_prefill(module: Module, target: Target) -> Graph:
         target.tensor(*ROWS, dtype=DType.int32),
         target.tensor("wanted", dtype=DType.int32),
     ]
-    operands = _Operands("decoder_prefill", module, target, types, cached=True)
+    operands = _Operands("decoder_prefill", module, library, target, types, cached=True)
     with operands.graph as graph:
         tokens, positions, parents, wanted = operands.tensors
         decoder = Decoder(operands, tokens, positions, parents)
@@ -62,8 +62,12 @@ def decoder_prefill(module: Module, target: Target) -> Graph:
     return graph
 
 
-def decoder_step(module: Module, target: Target, ranked: int) -> Graph:
+def decoder_step(
+    module: Module, library: KernelLibrary, target: Target, name: str, ranked: int
+) -> Graph:
     """One token of each row, and the choice of what may follow.
+
+    ranked : how many tokens of each row it returns
 
     Operands: tokens, positions and parents of `decoder_prefill`, for one token; mask and rules of
     `select`, rules with one row for each of tokens; caches and weights as there.
@@ -77,7 +81,7 @@ def decoder_step(module: Module, target: Target, ranked: int) -> Graph:
         target.tensor(target.sizes.n_vocab, dtype=DType.float32),
         target.tensor(*ROWS, 5, dtype=DType.int32),
     ]
-    operands = _Operands("decoder_step", module, target, types, cached=True)
+    operands = _Operands(name, module, library, target, types, cached=True)
     with operands.graph as graph:
         tokens, positions, parents, mask, rules = operands.tensors
         decoder = Decoder(operands, tokens, positions, parents)
@@ -86,7 +90,7 @@ def decoder_step(module: Module, target: Target, ranked: int) -> Graph:
     return graph
 
 
-def decoder_alignment(module: Module, target: Target) -> Graph:
+def decoder_alignment(module: Module, library: KernelLibrary, target: Target) -> Graph:
     """A whole text from its beginning, and what chosen heads of cross attention look at.
 
     Operands: tokens and positions of `decoder_prefill`;
@@ -102,7 +106,7 @@ def decoder_alignment(module: Module, target: Target) -> Graph:
         target.tensor("tokens", dtype=DType.int32),
         target.tensor(target.sizes.n_text_layer, "slots", dtype=DType.int32),
     ]
-    operands = _Operands("decoder_alignment", module, target, types, cached=False)
+    operands = _Operands("decoder_alignment", module, library, target, types, cached=False)
     with operands.graph as graph:
         tokens, positions, heads = operands.tensors
         decoder = Decoder(operands, tokens, positions, None)
@@ -118,6 +122,7 @@ class _Operands:
         self,
         name: str,
         module: Module,
+        library: KernelLibrary,
         target: Target,
         types: Sequence[TensorType],
         *,
@@ -127,7 +132,10 @@ class _Operands:
         weights = target.decoder_weights()
         cache, cross = cache_types(target) if cached else [], cross_types(target)
         self.graph = Graph(
-            name, input_types=[*types, *cache, *cross, *weights.values()], module=module
+            name,
+            input_types=[*types, *cache, *cross, *weights.values()],
+            kernel_library=library,
+            module=module,
         )
         inputs = iter(self.graph.inputs)
         self.tensors = [next(inputs).tensor for _ in types]
@@ -152,18 +160,12 @@ class Decoder:
         self.windows, self.beams, self.count = tokens.shape
         self.rows = self.windows * self.beams
         self.tokens = tokens.reshape((self.rows, self.count))
-        self.positions = positions
+        self.positions, self.parents = positions, parents
         keys = positions
         if parents is not None:
             keys = ops.range(
                 0, self.sizes.n_text_ctx, 1, dtype=DType.int32, device=positions.device
             )
-            self.parents = parents.reshape((self.rows,))
-            first, last = ops.min(positions), ops.max(positions)  # (1,)
-            self.is_new = ops.logical_and(keys >= first, keys <= last).reshape((1, 1, -1, 1))
-            zero = ops.constant(0, DType.int32, device=positions.device)
-            # Which new token goes to each place of the cache; any one, where none does.
-            self.token_of = ops.max(ops.min(keys, last) - first, zero)
         visible = ops.unsqueeze(keys, 0) <= ops.unsqueeze(positions, 1)
         seen, hidden = (
             ops.constant(value, DType.float32, device=positions.device) for value in (0, HIDDEN)
@@ -221,30 +223,18 @@ class Decoder:
             split_heads(self.layer.linear(x, f"{name}.{part}"))
             for part in ("query", "key", "value")
         )
+        q, k = scaled(q), scaled(k)
         if self.cache:
-            k = self._append(self.cache[2 * number], k)
-            v = self._append(self.cache[2 * number + 1], v)
+            caches = self.cache[2 * number : 2 * number + 2]
+            k, v = append(*caches, k, v, self.positions, self.parents)
         values, _ = qkv_attention(q, k, v, self.mask)
         return self.layer.linear(merge_heads(values), f"{name}.out")
-
-    def _append(self, cache: BufferValue, new: TensorValue) -> TensorValue:
-        """Each row's parent's cache with the new tokens in it; stored, and returned.
-
-        new, shape = (rows, heads, tokens, 64). Beams are reordered on the way: the whole cache
-        passes through anyway, for a place that only the device knows.
-        """
-        _, _, heads, places, width = cache.shape
-        earlier = ops.buffer_load(cache).reshape((self.rows, heads, places, width))
-        earlier = ops.gather(earlier, self.parents, axis=0)
-        now = ops.where(self.is_new, ops.gather(new, self.token_of, axis=2), earlier)
-        ops.buffer_store(cache, now.reshape(cache.shape))
-        return now
 
     def _cross_attention(self, x: TensorValue, number: int) -> tuple[TensorValue, TensorValue]:
         """The queries of a window's beams side by side: its keys and values are read once."""
         name = f"decoder.blocks.{number}.cross_attn"
         state = self.sizes.n_text_state
-        queries = self.layer.linear(x, f"{name}.query")
+        queries = scaled(self.layer.linear(x, f"{name}.query"))
         together = queries.reshape((self.windows, self.beams * self.count, state))
         keys, values = self.cross[2 * number : 2 * number + 2]
         values, scores = qkv_attention(split_heads(together), keys, values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from max.dtype import DType
 from max.graph import Graph, Module, TensorValue
 
-from .layers import Layers, gelu, merge_heads, qkv_attention, split_heads
+from .layers import Layers, gelu, merge_heads, qkv_attention, scaled, split_heads
 from .specification import Target
 
 
@@ -37,6 +37,6 @@ def _block(layer: Layers, x: TensorValue, name: str) -> TensorValue:
     q, k, v = (
         split_heads(layer.linear(y, f"{name}.attn.{part}")) for part in ("query", "key", "value")
     )
-    values, _ = qkv_attention(q, k, v)
+    values, _ = qkv_attention(scaled(q), scaled(k), v)
     x = x + layer.linear(merge_heads(values), f"{name}.attn.out")
     return x + layer.mlp(layer.layer_norm(x, f"{name}.mlp_ln"), f"{name}.mlp")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from max.dtype import DType
-from max.graph import TensorValue, ops
+from max.graph import BufferValue, TensorValue, ops
 
 from ..specification import HEAD_DIM
 
+KERNELS = Path(__file__).resolve().parents[2] / "gpu_kernels"
 NORM_EPSILON = 1e-5  # of torch.nn.LayerNorm
 HIDDEN = -1.0e30
 """Added to the scores of keys that a query does not see.
@@ -89,21 +91,45 @@ def merge_heads(x: TensorValue) -> TensorValue:
     return x.permute([0, 2, 1, 3]).reshape((batch, length, int(heads) * HEAD_DIM))
 
 
+def scaled(x: TensorValue) -> TensorValue:
+    """Queries or keys before their product: in half precision the scores might overflow."""
+    return x * ops.constant(HEAD_DIM**-0.25, x.dtype, device=x.device)
+
+
+def append(
+    keys: BufferValue,
+    values: BufferValue,
+    new_keys: TensorValue,
+    new_values: TensorValue,
+    positions: TensorValue,
+    parents: TensorValue,
+) -> tuple[TensorValue, TensorValue]:
+    """Puts new tokens into the caches behind what each row's parent holds: gpu_kernels/cache.mojo.
+
+    new_keys and new_values, shape = (rows, heads, tokens, 64)
+
+    Returns the whole caches, shape = (rows, heads, n_text_ctx, 64). MAX 26.7 reads them where they
+    are.
+    """
+    operands = [keys, values, new_keys, new_values, positions, parents]
+    ops.inplace_custom("whisper_append", positions.device, operands)
+    shape = (new_keys.shape[0], *keys.shape[2:])
+    return tuple(ops.buffer_load(cache).reshape(shape) for cache in (keys, values))
+
+
 def qkv_attention(
     q: TensorValue, k: TensorValue, v: TensorValue, mask: TensorValue | None = None
 ) -> tuple[TensorValue, TensorValue]:
     """Attention by a matrix of scores, softmax in float32: upstream's with `use_sdpa` off.
 
-    q, shape = (batch, heads, queries, 64)
-    k and v, shape = (batch, heads, keys, 64)
+    q, shape = (batch, heads, queries, 64), `scaled`
+    k and v, shape = (batch, heads, keys, 64); k `scaled`: once, where it is kept
     mask, shape = (queries, keys), float32
         0 where a query sees a key, HIDDEN elsewhere; every query must see one
 
     Returns the values, shape as q, and the raw scores in float32, (batch, heads, queries, keys).
     """
-    # Both sides are scaled before the product: in half precision the scores might overflow.
-    scale = ops.constant(HEAD_DIM**-0.25, q.dtype, device=q.device)
-    scores = ((q * scale) @ (k * scale).permute([0, 1, 3, 2])).cast(DType.float32)
+    scores = (q @ k.permute([0, 1, 3, 2])).cast(DType.float32)
     weights = ops.softmax(scores) if mask is None else _softmax(scores + mask)
     return weights.cast(q.dtype) @ v, scores
 

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,10 @@ from .places import Place
 logger = logging.getLogger("whisper_max")
 
 RANKED = 6
-"""Tokens of each row that a step ranks: enough for five beams."""
+"""Tokens of each row that a step with beams ranks: enough for five. A greedy step needs one."""
+
+MOST_BEAMS = 8
+"""As in gpu_kernels/cache.mojo."""
 
 _IDLE_ROOMS = 2
 """How many are kept for the next decode: one for a greedy decode and one for beams."""
@@ -84,7 +88,7 @@ class Room:
         self.generation = engine.rooms.generation
         self._engine = engine
         self._held: tuple[weakref.ref[Weights], Tensor] | None = None
-        self._captured: tuple[weakref.ref[Weights], list[Buffer]] | None = None
+        self._captured: _Captured | None = None
         self._capture_key = next(_capture_keys)
         self._may_capture = engine.place.captures
         device = engine.place.device
@@ -137,12 +141,14 @@ class Room:
         parents: Sequence[int],
         rules: Sequence[Sequence[int]],
         weights: Weights,
+        graph: str = "decoder_step",
     ) -> tuple[np.ndarray, np.ndarray]:
         """One token for each row at a position of the cache; see `decoder_step` of the graphs.
 
         parents : flat number of the row that each row continues
+        graph : "decoder_step", or "decoder_greedy_step" where one ranked token is enough
 
-        Returns log probabilities, float32, and tokens, int32, both (rows, RANKED).
+        Returns log probabilities, float32, and tokens, int32, both (rows, RANKED) or (rows, 1).
         """
         self._tokens.write(tokens)
         self._position.write([position])
@@ -151,13 +157,19 @@ class Room:
         operands = [operand.buffer for operand in small]
         operands += [*self.cache, *self.cross, *weights["decoder"]]
         # A recorded step reads the weights that it was recorded with, whatever it is given.
-        if self._may_capture and (self._captured is None or self._captured[0]() is not weights):
-            self._capture(operands, weights)
+        if self._may_capture and not self._has_captured(graph, weights):
+            self._capture(graph, operands, weights)
         self._parents.write(parents)
-        logprobs, best = self._replay(operands)
+        logprobs, best = self._replay(graph, operands)
         return logprobs.to_numpy(), best.to_numpy()
 
-    def _capture(self, operands: list[Buffer], weights: Weights) -> None:
+    def _has_captured(self, graph: str, weights: Weights) -> bool:
+        captured = self._captured
+        return (
+            captured is not None and captured.graph == graph and captured.weights() is weights
+        )
+
+    def _capture(self, graph: str, operands: list[Buffer], weights: Weights) -> None:
         """Records the step, after one that loads its kernels: loading cannot be recorded.
 
         Both may write this position's keys and values, which the step that follows writes again.
@@ -165,27 +177,36 @@ class Room:
         """
         self._release()
         self._parents.write(range(self.rows))
-        model = self._engine.graphs["decoder_step"]
-        self._engine.execute("decoder_step", *operands)[1].to_numpy()  # waits: see `_Operand`
+        model = self._engine.graphs[graph]
+        self._engine.execute(graph, *operands)[1].to_numpy()  # waits: see `_Operand`
         try:
             with self._engine.place.in_order():
                 results = model.capture(self._capture_key, *operands)
-            self._captured = weakref.ref(weights), results
+            self._captured = _Captured(graph, weakref.ref(weights), results)
         except (RuntimeError, ValueError) as error:
             self._may_capture = False
             logger.warning("a decoding step could not be captured, and runs as it is: %s", error)
 
-    def _replay(self, operands: list[Buffer]) -> list[Buffer]:
+    def _replay(self, graph: str, operands: list[Buffer]) -> list[Buffer]:
         if self._captured is None:
-            return self._engine.execute("decoder_step", *operands)
+            return self._engine.execute(graph, *operands)
         with self._engine.failing("a replayed step"), self._engine.place.in_order():
-            self._engine.graphs["decoder_step"].replay(self._capture_key, *operands)
-        return self._captured[1]
+            self._engine.graphs[graph].replay(self._capture_key, *operands)
+        return self._captured.results
 
     def _release(self) -> None:
         if self._captured is not None:
+            model = self._engine.graphs[self._captured.graph]
             self._captured = None  # the results first: they are in the captured graph's memory
-            self._engine.graphs["decoder_step"].release_captured_graph(self._capture_key)
+            model.release_captured_graph(self._capture_key)
+
+
+class _Captured(NamedTuple):
+    """A recorded step: its graph, the weights that it reads, and where its results appear."""
+
+    graph: str
+    weights: weakref.ref[Weights]
+    results: list[Buffer]
 
 
 class Rooms:

@@ -16,7 +16,7 @@ from ..decoder_session import distinct
 from ..engine import suppression
 from ..model_state import state_of
 from ..tensors import to_buffer, to_torch
-from .engine import RANKED, Room, to_dtype
+from .engine import MOST_BEAMS, RANKED, Room, to_dtype
 from .places import Place
 from .state import GpuReady, GpuState, text_sizes
 
@@ -65,7 +65,7 @@ class GpuSession:
         operands = (
             self._int32(tokens.view(*self._room.shape, count)),
             self._int32(range(self.length, self._end(count))),
-            self._int32(np.reshape(self._parents, self._room.shape)),
+            self._int32(np.reshape(self._checked_parents(), self._room.shape)),
             self._int32(list(wanted)),
         )
         logits = self._execute("decoder_prefill", *operands, *self._room.cache, *self._room.cross)
@@ -122,8 +122,9 @@ class GpuSession:
         Returns log probabilities, float32, and tokens, int32, both (rows, selection.count), the
         most likely first.
         """
-        position = self._end(1) - 1
-        found = self._room.step(tokens, position, self._parents, rules, self._ready.weights)
+        position, parents = self._end(1) - 1, self._checked_parents()
+        graph = "decoder_greedy_step" if selection.count == 1 else "decoder_step"
+        found = self._room.step(tokens, position, parents, rules, self._ready.weights, graph)
         self.length += 1
         self._parents = self._identity
         logprobs, best = (ranked[:, : selection.count] for ranked in found)
@@ -132,6 +133,16 @@ class GpuSession:
     def reorder(self, parents: list[int]) -> None:
         """Row i goes on as a copy of what row parents[i] was."""
         self._parents = [self._parents[parent] for parent in parents]
+
+    def _checked_parents(self) -> list[int]:
+        """Raises UnsupportedByMax where the kernel cannot put the caches in this order."""
+        beams = self._room.shape[1]
+        if self._parents != self._identity:
+            if beams > MOST_BEAMS:
+                raise UnsupportedByMax(f"{beams} beams, where {MOST_BEAMS} change places")
+            if any(row // beams != parent // beams for row, parent in enumerate(self._parents)):
+                raise UnsupportedByMax("a row goes on as one of another window")
+        return self._parents
 
     def _end(self, count: int) -> int:
         """Raises UnsupportedByMax where so many more tokens do not fit."""
