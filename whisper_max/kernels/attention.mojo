@@ -8,7 +8,7 @@ the score matrix of a window is never formed.
 """
 
 from std.math import align_up, ceildiv, exp
-from std.memory import unsafe_stack_allocation
+from std.memory import bitcast, unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 
 from .gemm import AHEAD, F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
@@ -23,6 +23,9 @@ comptime SCALE: Float32 = 0.125
 comptime SCORE_PADDING = 16
 """Added to the row distance of the scores: rows of a tile fall into different cache sets."""
 
+comptime LOG2_E: Float32 = 1.44269504
+comptime INTEGER: Float32 = 12582912
+"""1.5 * 2^23: a sum with it is an integer, which its lowest bits hold."""
 
 comptime MASKED: Float32 = -3.0e38
 """A score that softmax turns into zero."""
@@ -120,10 +123,11 @@ def pack_values[
 
 
 @always_inline
-def softmax(scores: Floats, count: Int, length: Int) -> Float32:
+def softmax[rounded: Bool = False](scores: Floats, count: Int, length: Int) -> Float32:
     """Exponentiates `scores[:count]` less their maximum, clears the rest up to `length`.
 
-    Returns the sum. `length` is a multiple of a panel, so that vectors overlap.
+    Returns the sum. `length` is a multiple of a panel, so that vectors overlap. Where `rounded`,
+    what is stored is bfloat16, from the beginning of the scores on.
     """
     for i in range(count, length):
         scores.unsafe_offset(i).unsafe_store(MASKED)
@@ -131,12 +135,39 @@ def softmax(scores: Floats, count: Int, length: Int) -> Float32:
     for i in range(0, length, PANEL):
         highest = max(highest, scores.unsafe_offset(i).unsafe_load[width=PANEL]())
     var shift = highest.reduce_max()
+    var to = Packed[BF16](unsafe_from_address=Int(scores))
     var total = SIMD[F32, PANEL](0)
     for i in range(0, length, PANEL):
-        var e = exp(scores.unsafe_offset(i).unsafe_load[width=PANEL]() - shift)
-        scores.unsafe_offset(i).unsafe_store(e)
-        total += e
+        var x = scores.unsafe_offset(i).unsafe_load[width=PANEL]() - shift
+        comptime if rounded:
+            var e = rough_exp[PANEL](x)
+            to.unsafe_offset(i).unsafe_store(e.cast[BF16]())
+            total += e
+        else:
+            var e = exp(x)
+            scores.unsafe_offset(i).unsafe_store(e)
+            total += e
     return total.reduce_add()
+
+
+@always_inline
+def rough_exp[width: Int](x: SIMD[F32, width]) -> SIMD[F32, width]:
+    """exp(x) of x from minus infinity to 80, with a relative error below 1e-4; at least 2^-126.
+
+    A 20th of the error of rounding to bfloat16. A power of two, of which the integer is added to
+    the exponent, and the rest a polynomial.
+    """
+    comptime Vector = SIMD[F32, width]
+    var power = x * LOG2_E
+    power = power.lt(Vector(-126)).select(Vector(-126), power)  # NaN stays
+    var shifted = power + INTEGER  # the sum has no room for fractions
+    var rest = power - (shifted - INTEGER)
+    var result = Vector(0.05517167)
+    result = result.fma(rest, Vector(0.24261114))
+    result = result.fma(rest, Vector(0.69326097))
+    result = result.fma(rest, Vector(0.99992806))
+    var exponent = bitcast[DType.int32, width](shifted) << 23
+    return bitcast[F32, width](bitcast[DType.int32, width](result) + exponent)
 
 
 @fieldwise_init
@@ -189,7 +220,9 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         self.keep_scores(scores, stride, row, rows)
         var totals = Array[Float32, rows](fill=0)
         comptime for r in range(rows):
-            totals[r] = softmax(scores.unsafe_offset(r * stride), self.frames, length)
+            totals[r] = softmax[Self.type == BF16](
+                scores.unsafe_offset(r * stride), self.frames, length
+            )
         comptime if Self.type == BF16:
             self.mix_pairs[rows](scores, stride, totals, row)
         else:
@@ -238,8 +271,11 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         var weights = Packed[BF16](unsafe_from_address=Int(scores))
         for r in range(rows):
             var scores_of_row = scores.unsafe_offset(r * stride)
-            totals.unsafe_offset(r).unsafe_store(softmax(scores_of_row, self.frames, length))
-            store_bfloat16[parts](scores_of_row, weights.unsafe_offset(2 * r * stride), length)
+            totals.unsafe_offset(r).unsafe_store(
+                softmax[parts == 1](scores_of_row, self.frames, length)
+            )
+            comptime if parts > 1:
+                store_bfloat16[parts](scores_of_row, weights.unsafe_offset(2 * r * stride), length)
         var values = Packed[BF16](unsafe_from_address=Int(self.values))
         comptime for half in range(HEAD_DIM // PANEL):
             multiply_tiles[parts](
@@ -326,13 +362,9 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     def mix_pairs[
         rows: Int
     ](self, scores: Floats, stride: Int, totals: Array[Float32, rows], row: Int):
-        """The same from pairs; the weights are rounded in place."""
+        """The same from pairs; each row of weights begins where its scores did."""
         var length = padded(self.frames)
         var weights = Packed[BF16](unsafe_from_address=Int(scores))
-        for r in range(rows):
-            store_bfloat16(
-                scores.unsafe_offset(r * stride), weights.unsafe_offset(2 * r * stride), length
-            )
         var values = Packed[BF16](unsafe_from_address=Int(self.values))
         comptime for half in range(HEAD_DIM // PANEL):
             var sums = Array[SIMD[F32, WORDS], 2 * rows](fill=SIMD[F32, WORDS](0))
