@@ -90,7 +90,7 @@ def test_every_key_has_options_that_the_builder_takes(architecture):
     ("changed", "message"),
     [
         ({"dtype": "float64"}, "dtype is 'float64'; there are float16, bfloat16, float32"),
-        ({"graphs": "step,decoder"}, "no graph 'decoder' beside cross_kv, prefill, step"),
+        ({"graphs": "step,decoder"}, "no graph 'decoder' beside cross_kv, prefill, greedy_step"),
         ({"graphs": "encoder,step"}, "no graph 'step' beside encoder"),
         ({"n_text_head": 5}, "n_text_state is 384 with 5 heads; heads of 64 are needed"),
     ],
