@@ -13,7 +13,6 @@ from whisper_max.dimensions_of import dimensions_of
 from whisper_max.runtime import artifacts, compilation
 from whisper_max.runtime.artifact_key import ArtifactKey
 
-PARTS = ("encoder", "decoder")
 LIMIT_SECONDS = 60 * 60.0
 COLUMNS = "{:<10} {:<9} {:<7} {:<9} {:>7}  {}"
 
@@ -22,7 +21,7 @@ COLUMNS = "{:<10} {:<9} {:<7} {:<9} {:>7}  {}"
 class Compiled:
     """How one compile ended.
 
-    part : of the model, one of PARTS
+    part : of the model, "encoder" or "decoder"
     seconds : how long it took, when it was made; None for a failure
     size : of the artifact in bytes; None for a failure
     """
@@ -68,16 +67,16 @@ def keys(
     models: Sequence[str], architectures: Sequence[str], dtypes: Sequence[str]
 ) -> Iterator[tuple[ArtifactKey, str, str]]:
     """The artifacts that models on such GPUs load, each with its model and part."""
-    from whisper_max.runtime.gpu.state import key_of, sizes_of
+    from whisper_max.runtime.gpu.state import keys_of
 
     level = settings.active().cpu_level
     for model in models:
         dimensions = dimensions_of(model)
         for dtype in dtypes:
             for architecture in architectures:
-                for part in PARTS:
-                    sizes = sizes_of(part, dimensions)
-                    yield key_of(part, sizes, dtype, f"cuda:{architecture}", level), model, part
+                found = keys_of(dimensions, dtype, f"cuda:{architecture}", level)
+                for part, key in found.items():
+                    yield key, model, part
 
 
 def one(

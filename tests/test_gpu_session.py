@@ -39,15 +39,18 @@ SIZES = TextSizes(
 RULES = [[0, 9, 9, 9, 0]] * 2
 
 
+def zeros(rows: int, ranked: int) -> list[Buffer]:
+    """Results of a step: log probabilities and tokens."""
+    return [Buffer.zeros((rows, ranked), kind, CPU()) for kind in (DType.float32, DType.int32)]
+
+
 class Step:
     """Stands in for the loaded step: notes what is done with it, and what it would read."""
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
         self.fails: dict[str, str] = {}
-        self.results = [
-            Buffer.zeros((2, RANKED), kind, CPU()) for kind in (DType.float32, DType.int32)
-        ]
+        self.results = zeros(2, RANKED)
 
     def _note(self, name: str, key: int | None, operands: tuple) -> None:
         # Of cross_kv's, which are other ones, only that there was a call is looked at.
@@ -257,9 +260,7 @@ def session(room: Room) -> GpuSession:
 
 
 def test_greedy_decoding_ranks_one_token(engine):
-    engine.graphs["decoder_greedy_step"].results = [
-        Buffer.zeros((2, 1), kind, CPU()) for kind in (DType.float32, DType.int32)
-    ]
+    engine.graphs["decoder_greedy_step"].results = zeros(2, 1)
     engine.place = Place(torch.device("cpu"), CPU(), "cpu")
     decode = session(Room(engine, SIZES, DType.float32, 1, 2))
     for count, graph in ((1, "decoder_greedy_step"), (2, "decoder_step")):
@@ -271,6 +272,7 @@ def test_greedy_decoding_ranks_one_token(engine):
 
 def test_beams_that_change_places_are_few_and_of_one_window(engine):
     """The kernel has room for so many, and looks into one window."""
+    engine.place = Place(torch.device("cpu"), CPU(), "cpu")
     crowd = list(range(MOST_BEAMS + 1))
     for (windows, beams), parents, reason in [
         ((2, 2), [1, 0, 3, 2], None),
@@ -279,10 +281,7 @@ def test_beams_that_change_places_are_few_and_of_one_window(engine):
         ((1, len(crowd)), crowd[::-1], f"{len(crowd)} beams, where {MOST_BEAMS} change places"),
     ]:
         rows = windows * beams
-        engine.graphs["decoder_step"].results = [
-            Buffer.zeros((rows, RANKED), kind, CPU()) for kind in (DType.float32, DType.int32)
-        ]
-        engine.place = Place(torch.device("cpu"), CPU(), "cpu")
+        engine.graphs["decoder_step"].results = zeros(rows, RANKED)
         decode = session(Room(engine, SIZES, DType.float32, windows, beams))
         decode.reorder(parents)
         selection = decode.selection((), SIZES.n_vocab, 2)

@@ -126,13 +126,11 @@ def _gpu_keys(dims: Mapping[str, int], wanted: Settings) -> list[tuple[ArtifactK
         refuse(["PyTorch finds no NVIDIA GPU"])
 
     from .runtime.gpu.places import cuda_place
-    from .runtime.gpu.state import key_of, sizes_of
+    from .runtime.gpu.state import keys_of
 
     place = cuda_place(torch.device("cuda", torch.cuda.current_device()))
-    return [
-        (key_of(part, sizes_of(part, dims), "float16", place.architecture, wanted.cpu_level),)
-        for part in ("encoder", "decoder")
-    ]
+    keys = keys_of(dims, "float16", place.architecture, wanted.cpu_level)
+    return [(key,) for key in keys.values()]
 
 
 def _exact_parts(model_or_name: Source | None, wanted: Settings) -> Iterator[bool]:

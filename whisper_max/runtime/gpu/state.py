@@ -146,6 +146,19 @@ def key_of(
     )
 
 
+def keys_of(
+    dimensions: Mapping[str, int], dtype: str, architecture: str, cpu_level: str | None = None
+) -> dict[str, ArtifactKey]:
+    """Both artifacts of a model with these `ModelDimensions`: "encoder" and "decoder".
+
+    dtype, architecture, cpu_level : as for `key_of`
+    """
+    return {
+        kind: key_of(kind, sizes_of(kind, dimensions), dtype, architecture, cpu_level)
+        for kind in ("encoder", "decoder")
+    }
+
+
 def _weights(
     kind: str, tensors: Mapping[str, Tensor], sizes: AudioSizes | TextSizes, dtype: torch.dtype
 ) -> Weights:
