@@ -16,7 +16,7 @@ from torch import Tensor
 from whisper import timing
 from whisper.model import Whisper
 
-from . import activation, live_models, settings
+from . import activation, listeners, live_models, settings
 from .activation import originals
 from .conditions import bypass_reasons
 from .dispatch import refuse, run
@@ -114,6 +114,7 @@ class _StandIn:
 
         features = self.model.encoder(mel)
         refuse(decoder_reasons(self.model.decoder, tokens, features))
+        refuse(listeners.places_of(self.model.decoder).reasons())
         session = paths.open_session(self.model.decoder, features, 1, settings.active())
         heads = self.alignment_heads.indices().T.tolist()
         logits, scores = session.align(tokens, heads)

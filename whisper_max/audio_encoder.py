@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from whisper.model import AudioEncoder
 
-from . import activation, settings
+from . import activation, listeners, settings
 from .activation import originals
 from .changed_parts import encoder_changes
 from .class_swap import SwappedModule
@@ -35,11 +35,17 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
         """
         if torch.compiler.is_compiling():  # none of our bookkeeping goes into a compiled graph
             return super().forward(x)
+        hooks = listeners.Pass()
+
+        def on_torch() -> Tensor:
+            with hooks.on_pytorch():
+                return super(MaxAudioEncoder, self).forward(x)
+
         return run(
             "encoder",
             activation.why_off("encoder", self),
-            lambda: self._on_max(x),
-            lambda: super(MaxAudioEncoder, self).forward(x),
+            lambda: self._on_max(x, hooks),
+            on_torch,
             tensors_differ,
         )
 
@@ -49,7 +55,7 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
 
         model_state.drop(self)
 
-    def _on_max(self, mel: Tensor) -> Tensor:
+    def _on_max(self, mel: Tensor, hooks: listeners.Pass) -> Tensor:
         from .runtime import paths
 
         active = settings.active()
@@ -57,4 +63,5 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
         refuse(context_reasons(self) or device_reasons(device, active.device))
         refuse([*tensor_reasons("mel", mel, device), *encoder_changes(self)])
         refuse(mel_reasons(mel, self.conv1.weight.shape[1], 2 * len(self.positional_embedding)))
+        hooks.encoder(listeners.places_of(self), mel)
         return paths.encode(self, mel, active)

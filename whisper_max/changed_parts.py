@@ -6,6 +6,7 @@ taken out of those modules is honoured by running them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -76,8 +77,10 @@ _SETTINGS = {
     "GELU": {"approximate": "none"},
     "LayerNorm": {"eps": 1e-5, "elementwise_affine": True},
 }
+_LISTENING = re.compile(r"conv1|token_embedding|blocks\.\d+\.cross_attn|ln").fullmatch
 _METHODS = ("forward", "qkv_attention", "_conv_forward")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS_WITH_MORE = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 def encoder_changes(encoder: nn.Module) -> list[str]:
@@ -91,6 +94,12 @@ def decoder_changes(decoder: nn.Module) -> list[str]:
     if decoder._buffers.get("mask") is None:
         changes.append("mask is missing")
     return changes
+
+
+def can_listen(part: nn.Module) -> bool:
+    """Whether a part's hooks, if any, are forward hooks of the plain kind: see `listeners`."""
+    own = vars(part)
+    return not any(own.get(hooks) for hooks in (*HOOKS[1:], *_HOOKS_WITH_MORE))
 
 
 @lru_cache(maxsize=8)
@@ -130,8 +139,6 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
         if change is not None:
             yield change
             told += (f"{name}.",)
-    if _wants_attention(found):
-        yield "use_sdpa is False: attention weights are wanted"
     if heads:
         yield from head_reasons(heads, n_state)
 
@@ -156,7 +163,7 @@ def _change(
     if (where := f"{cls.__module__}.{cls.__qualname__}") != part.cls:
         return f"{name} was replaced by {where}"
     own = vars(child)
-    if any(own.get(hooks) for hooks in HOOKS):
+    if any(own.get(hooks) for hooks in HOOKS) and not (_LISTENING(name) and can_listen(child)):
         return f"{name} has hooks"
     if cls not in changed_methods:
         changed_methods[cls] = _changed_method(cls)
@@ -202,14 +209,6 @@ def _own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
         return None
     found = module._parameters.get(name)
     return module._buffers.get(name) if found is None else found
-
-
-def _wants_attention(parts: dict[str, nn.Module]) -> bool:
-    """Whether somebody made upstream's decoder form its attention weights, to look at them."""
-    return any(
-        name.endswith(".cross_attn") and getattr(part, "use_sdpa", True) is False
-        for name, part in parts.items()
-    )
 
 
 def _changed_method(cls: type) -> str | None:

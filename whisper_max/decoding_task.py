@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from whisper.decoding import DecodingResult, DecodingTask
 
-from . import activation
+from . import activation, on_one_thread
 from .activation import originals
 
 upstream_run = originals.get("whisper.decoding.DecodingTask.run", DecodingTask.run)
@@ -22,6 +22,7 @@ def max_run(self: DecodingTask, mel: Tensor) -> list[DecodingResult]:
         log-mel spectrograms; or encoded audio, (windows, n_audio_ctx, n_audio_state)
     """
     several = len(mel) > 1 and self.n_group > 1 and type(self) is DecodingTask
-    if not several or activation.why_off("decoding_loop") is not None:
-        return upstream_run(self, mel)
-    return [result for window in mel.split(1) for result in upstream_run(self, window)]
+    with on_one_thread.decode():
+        if not several or activation.why_off("decoding_loop") is not None:
+            return upstream_run(self, mel)
+        return [result for window in mel.split(1) for result in upstream_run(self, window)]

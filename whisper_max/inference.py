@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from whisper.decoding import PyTorchInference
 
-from . import activation, live_models, report, settings
+from . import activation, listeners, live_models, on_one_thread, report, settings
 from .activation import originals
 from .conditions import UnsupportedByMax, bypass_reasons, tokens_reasons
 from .dispatch import on_pytorch, out_of_memory_is_unsupported, reasons_of, refuse
@@ -40,6 +40,7 @@ class MaxInference(UpstreamInference):
         self._torch_reasons: list[str] | None = None
         self._features: Tensor | None = None
         self._decoded: Tensor | None = None
+        self._listening: listeners.Places | None = None
 
     def logits(self, tokens: Tensor, audio_features: Tensor) -> Tensor:
         """Logits of all new tokens, as upstream's `PyTorchInference.logits`.
@@ -58,15 +59,19 @@ class MaxInference(UpstreamInference):
                 "inference", lambda: step(tokens, audio_features), self._torch_reasons
             )
         begin = time.perf_counter()
+        hooks = listeners.Pass()
+        on_one_thread.hold()
         try:
             with out_of_memory_is_unsupported():
-                logits = self._step(tokens)
+                logits = self._step(tokens, audio_features, hooks)
         except UnsupportedByMax as failed:
             if settings.active().mode == "strict":
                 raise
             self.leave_to_pytorch(reasons_of(failed))
             return on_pytorch(
-                "inference", lambda: self._resume(tokens, audio_features), self._torch_reasons
+                "inference",
+                lambda: self._resume(tokens, audio_features, hooks),
+                self._torch_reasons,
             )
         report.record("inference", "max", time.perf_counter() - begin)
         return logits
@@ -85,15 +90,22 @@ class MaxInference(UpstreamInference):
     def cleanup_caching(self) -> None:
         """Ends the decode; the next one chooses its path anew."""
         super().cleanup_caching()
+        on_one_thread.release()
         self.session = None
         self._torch_reasons = None
-        self._features = self._decoded = None
+        self._features = self._decoded = self._listening = None
 
-    def start(self, tokens: Tensor, audio_features: Tensor) -> None:
-        """Opens the session of this decode; raises UnsupportedByMax with the reasons against it."""
+    def start(self, tokens: Tensor, audio_features: Tensor, *, with_hooks: bool) -> None:
+        """Opens the session of this decode; raises UnsupportedByMax with the reasons against it.
+
+        with_hooks : whether hooks that listen inside the decoder will be called
+        """
         from .runtime import paths
 
         refuse(inference_reasons(self, tokens, audio_features))
+        self._listening = listeners.places_of(self.model.decoder)
+        if not with_hooks:
+            refuse(self._listening.reasons())
         with out_of_memory_is_unsupported():
             self.session = paths.open_session(
                 self.model.decoder, audio_features, len(tokens), settings.active()
@@ -102,6 +114,7 @@ class MaxInference(UpstreamInference):
 
     def leave_to_pytorch(self, reasons: Sequence[str]) -> None:
         """Ends the session: the rest of this decode runs on PyTorch, for these reasons."""
+        on_one_thread.release()
         self.session = None
         self._torch_reasons = list(reasons)
 
@@ -115,13 +128,13 @@ class MaxInference(UpstreamInference):
             self.leave_to_pytorch([off])
             return
         try:
-            self.start(tokens, audio_features)
+            self.start(tokens, audio_features, with_hooks=True)
         except UnsupportedByMax as unsupported:
             if settings.active().mode == "strict":
                 raise
             self.leave_to_pytorch(reasons_of(unsupported))
 
-    def _step(self, tokens: Tensor) -> Tensor:
+    def _step(self, tokens: Tensor, features: Tensor, hooks: listeners.Pass) -> Tensor:
         session, decoded = self.session, self._decoded
         for rows in (len(tokens), session.rows if decoded is None else len(decoded)):
             if rows != session.rows:
@@ -130,23 +143,21 @@ class MaxInference(UpstreamInference):
         device = self._features.device
         refuse(tokens_reasons(tokens, tokens.shape[-1], n_vocab, device))
         new = tokens if tokens.shape[-1] <= self.initial_token_length else tokens[:, -1:]
-        if decoded is None:
-            logits = session.prefill(new, range(new.shape[1]))
-            self._decoded = new
-            return logits
-        if new.shape[1] > 1:
+        if decoded is not None and new.shape[1] > 1:
             # Upstream appends them all, under a mask made for the beginning of a text.
             refuse(["a second prompt in an open decode"])
-        logits = session.step(new, range(len(new))).unsqueeze(1)
-        self._decoded = torch.cat([decoded, new], dim=1)
+        logits = hooks.decoder(self._listening, session, new, features)
+        self._decoded = new if decoded is None else torch.cat([decoded, new], dim=1)
         return logits
 
-    def _resume(self, tokens: Tensor, audio_features: Tensor) -> Tensor:
+    def _resume(self, tokens: Tensor, audio_features: Tensor, hooks: listeners.Pass) -> Tensor:
         """PyTorch takes over in the middle: what MAX has decoded goes into its caches first."""
         if self._decoded is not None:
             self.kv_cache, self.hooks = self.model.install_kv_cache_hooks()
-            self.model.decoder(self._decoded, self._features, kv_cache=self.kv_cache)
-        return super().logits(tokens, audio_features)
+            with self._listening.silenced():  # they have heard of it
+                self.model.decoder(self._decoded, self._features, kv_cache=self.kv_cache)
+        with hooks.on_pytorch():
+            return super().logits(tokens, audio_features)
 
 
 def inference_reasons(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from whisper.model import TextDecoder
 
-from . import activation, settings
+from . import activation, listeners, settings
 from .activation import originals
 from .changed_parts import decoder_changes
 from .class_swap import SwappedModule
@@ -38,11 +38,17 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
         """
         if torch.compiler.is_compiling():  # none of our bookkeeping goes into a compiled graph
             return super().forward(x, xa, kv_cache)
+        hooks = listeners.Pass()
+
+        def on_torch() -> Tensor:
+            with hooks.on_pytorch():
+                return super(MaxTextDecoder, self).forward(x, xa, kv_cache)
+
         return run(
             "decoder",
             activation.why_off("decoder", self),
-            lambda: self._on_max(x, xa, kv_cache),
-            lambda: super(MaxTextDecoder, self).forward(x, xa, kv_cache),
+            lambda: self._on_max(x, xa, kv_cache, hooks),
+            on_torch,
             tensors_differ,
         )
 
@@ -52,15 +58,16 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
 
         model_state.drop(self)
 
-    def _on_max(self, tokens: Tensor, features: Tensor, kv_cache: dict | None) -> Tensor:
+    def _on_max(
+        self, tokens: Tensor, features: Tensor, kv_cache: dict | None, hooks: listeners.Pass
+    ) -> Tensor:
         from .runtime import paths
 
         if kv_cache is not None:
             refuse(["the call brings its own kv_cache"])
         refuse(decoder_reasons(self, tokens, features))
         session = paths.open_session(self, features, len(tokens), settings.active())
-        rows, count = tokens.shape
-        return session.step(tokens, range(rows * count)).view(rows, count, -1)
+        return hooks.decoder(listeners.places_of(self), session, tokens, features)
 
 
 def decoder_reasons(decoder: TextDecoder, tokens: Tensor, features: Tensor) -> list[str]:

@@ -23,8 +23,6 @@ from whisper_max.settings import TARGETS
 
 SCRIPTS = Path(__file__).parent / "scripts"
 HOOKS = ("has hooks",)
-OWN_CACHE = ("the call brings its own kv_cache",)
-SDPA = ("use_sdpa is False",)
 
 
 @dataclass(frozen=True)
@@ -44,21 +42,16 @@ class Case:
 
 EVERYWHERE = ("encoder", "decoder", "decoding_loop")  # the decoder: the language is detected
 # stable-ts decodes by a loop of its own, and listens to cross attention to place words.
-STABLE_TS = (("encoder", "decoder", "inference"), {"decoder": HOOKS})
+STABLE_TS = (("encoder", "decoder", "inference"), {})
 # whisper-timestamped listens while it decodes: to cross attention, and to the encoder's input.
-WHILE_DECODING = {
-    "encoder": HOOKS,
-    "decoder": OWN_CACHE,
-    "inference": HOOKS,
-    "decoding_loop": HOOKS,
-}
+WHILE_DECODING = (("encoder", "inference"), {"decoding_loop": HOOKS})
 # With beams it decodes first, with SDPA off, and listens to a second pass.
-AFTERWARDS = {"decoder": (*OWN_CACHE, *HOOKS), "inference": SDPA, "decoding_loop": SDPA}
+AFTERWARDS = (("encoder", "decoder", "decoding_loop"), {})
 CASES = [
     Case("stable-ts", "stable_ts_words", "en03", *STABLE_TS),
     Case("stable-ts", "stable_ts_align", "en03", *STABLE_TS),
-    Case("whisper-timestamped", "timestamped_words", "en03", (), WHILE_DECODING),
-    Case("whisper-timestamped", "timestamped_accurate", "en03", ("encoder",), AFTERWARDS),
+    Case("whisper-timestamped", "timestamped_words", "en03", *WHILE_DECODING),
+    Case("whisper-timestamped", "timestamped_accurate", "en03", *AFTERWARDS),
     Case("SpeechRecognition", "recognize_file", "en03", EVERYWHERE, {}),
     Case("lhotse", "annotate_recordings", "en_long01", EVERYWHERE, {}),
 ]

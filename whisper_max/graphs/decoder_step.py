@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from max.dtype import DType
 from max.graph import BufferType, DeviceRef, Graph, KernelLibrary, Module, TensorType, TensorValue
+from max.graph.shape import ShapeLike
 
 from .cross_kv import CROSS_SHAPE
 from .layers import Layers
@@ -55,13 +56,20 @@ def decoder_types(storage: Storage, device: DeviceRef) -> list[TensorType | Buff
 def decoder_step(
     module: Module, library: KernelLibrary, storage: Storage, device: DeviceRef
 ) -> Graph:
-    """Runs new tokens through the decoder: the operands of `decoder_types`, then the weights.
+    """Runs new tokens through the decoder. Operands: those of `decoder_types`, then
 
-    Returns logits, shape = (wanted, 1, n_vocab), and scores, shape = (slots, rows * tokens, padded
-    frames): cross-attention products before softmax, for word timestamps.
+    streams_shape, shape = (2 * layers + 1 or 0, rows * tokens, n_state), float32
+        only its shape is read
+
+    and the weights. Returns logits, shape = (wanted, 1, n_vocab); scores, shape = (slots, rows *
+    tokens, padded frames): cross-attention products before softmax; and streams, of that shape: x
+    before and after each cross attention and at the end.
     """
     weights = dict(inputs(DECODER, storage, device))
-    types = decoder_types(storage, device)
+    types = [
+        *decoder_types(storage, device),
+        TensorType(DType.float32, ("streams", "stream_rows", "n_state"), device),
+    ]
     graph = Graph(
         "decoder_step",
         input_types=[*types, *weights.values()],
@@ -71,8 +79,8 @@ def decoder_step(
     with graph:
         operands, tensors = graph.inputs[: len(types)], graph.inputs[len(types) :]
         named = dict(zip(weights, (value.tensor for value in tensors)))
-        layer = Layers(named, operands[-1].tensor, storage, device)
-        graph.output(*_decode(layer, operands))
+        layer = Layers(named, operands[-2].tensor, storage, device)
+        graph.output(*_decode(layer, operands[:-1], operands[-1].tensor.shape))
     return graph
 
 
@@ -107,19 +115,22 @@ def decoder_select(
         mask, rules, ranks = (value.tensor for value in operands[-3:])
         named = dict(zip(weights, (value.tensor for value in tensors)))
         layer = Layers(named, operands[-4].tensor, storage, device)
-        logits, _ = _decode(layer, operands[:-3])
+        logits, *_ = _decode(layer, operands[:-3], (0, 0, 0))
         graph.output(*layer.select(logits, mask, rules, ranks.shape[0]))
     return graph
 
 
-def _decode(layer: Layers, operands: list) -> tuple[TensorValue, TensorValue]:
+def _decode(
+    layer: Layers, operands: list, streams_shape: ShapeLike
+) -> tuple[TensorValue, TensorValue, TensorValue]:
     tokens, position, source, wanted, slots = (value.tensor for value in operands[:5])
     score_shape = operands[5].tensor.shape
     self_cache, keys, values = operands[6].buffer, operands[7].tensor, operands[8].tensor
 
     x = layer.embed(tokens, position)  # (rows, tokens, n_state)
-    x, scores = layer.decoder_blocks(
-        x, self_cache, keys, values, source, position, slots, score_shape
+    x, scores, streams = layer.decoder_blocks(
+        x, self_cache, keys, values, source, position, slots, score_shape, streams_shape
     )
     x = layer.take_rows(x, wanted)  # (wanted, 1, n_state)
-    return layer.linear(x, "decoder.token_embedding", norm="decoder.ln"), scores
+    logits = layer.linear(x, "decoder.token_embedding", norm="decoder.ln")
+    return logits, scores, streams

@@ -150,13 +150,16 @@ class Layers:
         position: TensorValue,
         score_slots: TensorValue,
         score_shape: ShapeLike,
-    ) -> tuple[TensorValue, TensorValue]:
+        streams_shape: ShapeLike,
+    ) -> tuple[TensorValue, TensorValue, TensorValue]:
         """All residual attention blocks of the decoder, for new tokens at position[0].
 
-        x, shape = (rows, tokens, n_state). Returns the new x and the raw cross-attention scores
-        of the heads that `score_slots`, shape = (layers, heads), gives a place.
+        x, shape = (rows, tokens, n_state). Returns the new x; the raw cross-attention scores of
+        the heads that `score_slots`, shape = (layers, heads), gives a place; and, unless that
+        shape has no elements, x before and after each cross attention and at the end, shape =
+        (2 * layers + 1, rows * tokens, n_state).
         """
-        result, raw_scores = ops.inplace_custom(
+        result, raw_scores, streams = ops.inplace_custom(
             "whisper_decoder_blocks",
             self.device,
             [
@@ -170,14 +173,14 @@ class Layers:
                 self.threads,
                 *self._operands(DECODER_BLOCKS),
             ],
-            [self._type(x.shape), self._type(score_shape)],
+            [self._type(x.shape), self._type(score_shape), self._type(streams_shape)],
             parameters={
                 "width": self.storage.width,
                 "product": self.storage.product,
                 "tiles": self.storage.tiles,
             },
         )
-        return result.tensor, raw_scores.tensor
+        return result.tensor, raw_scores.tensor, streams.tensor
 
     def take_rows(self, x: TensorValue, rows: TensorValue) -> TensorValue:
         """The rows of x, shape = (batch, tokens, n_state), with these flat numbers.

@@ -152,7 +152,7 @@ def softmax[rounded: Bool = False](scores: Floats, count: Int, length: Int) -> F
 
 @always_inline
 def rough_exp[width: Int](x: SIMD[F32, width]) -> SIMD[F32, width]:
-    """exp(x) of x from minus infinity to 80, with a relative error below 1e-4; at least 2^-126.
+    """Approximates exp(x) of x up to 80: relative error below 1e-4; at least 2^-126.
 
     A 20th of the error of rounding to bfloat16. A power of two, of which the integer is added to
     the exponent, and the rest a polynomial.

@@ -197,6 +197,17 @@ struct EncoderBlocks:
         keys.unsafe_free()
 
 
+@always_inline
+def keep[width: Int](mut phase: Phases, stream: Floats, to: Floats, count: Int):
+    """Copies the residual stream as it is between two phases."""
+
+    @always_inline
+    def all(chunk: Int) {var stream, var to, var count}:
+        copy[width](stream, to, count)
+
+    phase.run(1, all)
+
+
 @extensibility.register("whisper_decoder_blocks")
 struct DecoderBlocks:
     @staticmethod
@@ -211,6 +222,7 @@ struct DecoderBlocks:
     ](
         output: OutputTensor[dtype=F32, rank=3, ...],
         raw_scores: OutputTensor[dtype=F32, rank=3, ...],
+        streams: OutputTensor[dtype=F32, rank=3, ...],
         x: InputTensor[dtype=F32, rank=3, ...],
         self_cache: MutableInputTensor[dtype=F32, rank=6, ...],
         cross_keys: InputTensor[dtype=cache_type, rank=4, ...],
@@ -251,7 +263,9 @@ struct DecoderBlocks:
         64), appended in place at `position[0]`. cross_keys and cross_values: (layers, windows,
         heads, packed); rows are grouped by window, rows / windows each. source: (rows, context),
         the cache row of each earlier position. score_slots: (layers, heads), where in
-        raw_scores (slots, rows * tokens, padded frames) a head's scores go, or -1.
+        raw_scores (slots, rows * tokens, padded frames) a head's scores go, or -1. streams:
+        (2 * layers + 1, rows * tokens, n_state), the residual stream before and after each cross
+        attention and at the end; or nothing.
         """
         var rows = x.dim_size(0)
         var tokens = x.dim_size(1)
@@ -275,7 +289,10 @@ struct DecoderBlocks:
         var keys = raw(cross_keys.unsafe_ptr())
         var values = raw(cross_values.unsafe_ptr())
         var slots = raw(score_slots.unsafe_ptr())
-        var phases = Phases(8 * layers)
+        var kept = raw(streams.unsafe_ptr())
+        var keeps = streams.dim_size(0) > 0
+        var stream_size = all_rows * n
+        var phases = Phases(10 * layers)
         var self_attention = SelfAttention[width](
             attended,
             hidden,
@@ -295,7 +312,7 @@ struct DecoderBlocks:
             var stream, var hidden, var attended, var scores, var keys, var values, var slots,
             var all_rows, var layers, var team, var phases, var rows, var windows, var heads,
             var group, var head_elements, var frames, var score_size, var self_attention,
-            var cache_size, var n, imm
+            var cache_size, var n, var kept, var keeps, var stream_size, imm
         }:
             var phase = phases
             var none = Norm(stream, stream, 0)
@@ -348,6 +365,8 @@ struct DecoderBlocks:
                     stream, attended, all_rows, out_weight, out_scale, out_bias, layer, none,
                     True, False,
                 ))
+                if keeps:
+                    keep[width](phase, stream, kept.unsafe_offset(2 * layer * stream_size), stream_size)
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, cross_query_weight, cross_query_scale,
                     cross_query_bias, layer, cross_ln, False, False,
@@ -357,6 +376,8 @@ struct DecoderBlocks:
                     stream, attended, all_rows, cross_out_weight, cross_out_scale, cross_out_bias,
                     layer, none, True, False,
                 ))
+                if keeps:
+                    keep[width](phase, stream, kept.unsafe_offset((2 * layer + 1) * stream_size), stream_size)
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln,
                     False, True,
@@ -367,6 +388,8 @@ struct DecoderBlocks:
                 ))
 
         sync_parallelize(worker, team)
+        if keeps:
+            copy[width](stream, kept.unsafe_offset(2 * layers * stream_size), stream_size)
         phases.free()
         hidden.unsafe_free()
 

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..dispatch import refuse
+from ..graphs.specification import HEAD_DIM
 from ..settings import Settings
 from . import weights
 from .engine import CrossCache, DecoderState, Scores, Selection, decoder_select, decoder_step
 from .model_state import Ready, state_of
 from .tensors import int32, to_buffer
+
+
+class Observed(NamedTuple):
+    """What a step saw on its way: the residual stream around cross attention, and at the end.
+
+    before, after : shape = (layers, rows, count, n_state), float32
+    end : shape = (rows, count, n_state), after the last block
+    scores : of the layers asked for, shape = (rows, heads, count, n_audio_ctx): cross attention's
+        products of queries and keys
+    """
+
+    before: Tensor
+    after: Tensor
+    end: Tensor
+    scores: dict[int, Tensor]
 
 
 class DecoderSession:
@@ -70,19 +87,26 @@ class DecoderSession:
         Returns logits, shape = (wanted, n_vocab), float32, in fresh memory. Raises
         UnsupportedByMax where MAX fails.
         """
-        return self.step_with_scores(tokens, wanted, self._no_scores)[0]
+        return self._step(tokens, wanted, self._no_scores)[0]
 
-    def step_with_scores(
-        self, tokens: Tensor, wanted: Iterable[int], scores: Scores
-    ) -> tuple[Tensor, Tensor]:
-        """As `step`; also raw cross-attention scores, (slots, rows * count, padded frames)."""
-        return decoder_step(
-            self._ready.engine,
-            self._ready.packed[1],
-            self._state,
-            to_buffer(tokens.to(torch.int32)),
-            int32(list(wanted)),
-            scores,
+    def observed_step(
+        self, tokens: Tensor, wanted: Iterable[int], layers: Sequence[int]
+    ) -> tuple[Tensor, Observed]:
+        """As `step`; also what it saw on its way, with the scores of these layers."""
+        rows, count = tokens.shape
+        slots = [[-1] * self.heads for _ in range(self.layers)]
+        for i, layer in enumerate(layers):
+            slots[layer] = list(range(i * self.heads, (i + 1) * self.heads))
+        shape = (2 * self.layers + 1, rows * count, self.heads * HEAD_DIM)
+        logits, scores, streams = self._step(tokens, wanted, Scores(slots), shape)
+        streams = streams.view(-1, rows, count, shape[2])
+        scores = scores[:, :, : self._frames].unflatten(1, (rows, count))
+        by_layer = scores.unflatten(0, (len(layers), self.heads)).transpose(1, 2)
+        return logits, Observed(
+            streams[:-1:2],
+            streams[1::2],
+            streams[-1],
+            {layer: by_layer[i].contiguous() for i, layer in enumerate(layers)},
         )
 
     def align(
@@ -98,7 +122,7 @@ class DecoderSession:
         slots = [[-1] * self.heads for _ in range(self.layers)]
         for slot, (layer, head) in enumerate(heads):
             slots[layer][head] = slot
-        logits, scores = self.step_with_scores(tokens, range(tokens.shape[1]), Scores(slots))
+        logits, scores, _ = self._step(tokens, range(tokens.shape[1]), Scores(slots))
         return logits, scores[:, :, : self._frames]
 
     def selection(self, suppressed: Sequence[int], n_vocab: int, count: int) -> Selection:
@@ -141,6 +165,24 @@ class DecoderSession:
     def reorder(self, parents: list[int]) -> None:
         """Row i goes on as a copy of what row parents[i] was."""
         self._state.reorder(parents)
+
+    def _step(
+        self,
+        tokens: Tensor,
+        wanted: Iterable[int],
+        scores: Scores,
+        streams_shape: tuple[int, int, int] = (0, 0, 0),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `step`; also the scores and streams of `decoder_step`."""
+        return decoder_step(
+            self._ready.engine,
+            self._ready.packed[1],
+            self._state,
+            to_buffer(tokens.to(torch.int32)),
+            int32(list(wanted)),
+            scores,
+            streams_shape,
+        )
 
 
 def distinct(features: Tensor) -> Tensor:

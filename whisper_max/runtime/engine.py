@@ -220,18 +220,23 @@ def decoder_step(
     tokens: Buffer,
     wanted: Buffer,
     scores: Scores,
-) -> tuple[Tensor, Tensor]:
+    streams_shape: tuple[int, int, int] = (0, 0, 0),
+) -> tuple[Tensor, Tensor, Tensor]:
     """Decodes new tokens, shape = (rows, count), int32, at the end of the state.
 
     wanted : flat numbers (row * count + i) of the tokens whose logits are computed, int32
+    streams_shape : (2 * layers + 1, rows * count, n_state) for the residual stream before and
+        after each cross attention and at the end
 
-    Returns logits, shape = (wanted, n_vocab), float32, fresh memory; and raw scores, shape =
-    (slots, rows * count, padded frames). The state then ends behind the new tokens.
+    Returns logits, shape = (wanted, n_vocab), float32; raw scores, shape = (slots, rows * count,
+    padded frames); and the streams: all in fresh memory. The state then ends behind the new tokens.
     """
     operands = _operands(engine, state, tokens, wanted, scores)
-    logits, raw_scores = engine.execute("decoder_step", *operands, *weights)
+    streams = to_buffer(torch.empty(streams_shape, dtype=torch.float32, device="cpu"))
+    results = engine.execute("decoder_step", *operands, streams, *weights)
     state.length += tokens.shape[1]
-    return to_torch(logits).squeeze(1), to_torch(raw_scores)
+    logits, raw_scores, streams = map(to_torch, results)
+    return logits.squeeze(1), raw_scores, streams
 
 
 def decoder_select(
