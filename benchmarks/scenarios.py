@@ -38,6 +38,11 @@ class Scenario:
         return int(self.arguments.get("tokens", 0))
 
 
+def _part(name: str, title: str, operation: str, **arguments: int) -> Scenario:
+    """A part of a window, of which every round counts."""
+    return Scenario(name, title, operation, arguments, seconds=300.0)
+
+
 def _window(name: str, title: str, beams: int, words: bool, seconds: float) -> Scenario:
     arguments = {"tokens": FORCED_TOKENS, "beams": beams, "words": words}
     return Scenario(name, title, "window", arguments, warm_up={"tokens": 4}, seconds=seconds)
@@ -51,12 +56,10 @@ def _speech(name: str, title: str, audio: str, words: bool = False, **limits: fl
 
 
 SCENARIOS = (
-    Scenario("encoder", "encoder, 30 s window", "encoder"),
-    Scenario("step", "decoder step, 100 tokens in", "step", {"rows": 1}),
-    Scenario(
-        "step_beam5", "decoder step, 5 beams, 100 tokens in", "step", {"rows": 5}, seconds=45.0
-    ),
-    Scenario("prefill", "cross keys and values, and prefill", "prefill"),
+    _part("encoder", "encoder, 30 s window", "encoder"),
+    _part("step", "decoder step, 100 tokens in", "step", rows=1),
+    _part("step_beam5", "decoder step, 5 beams, 100 tokens in", "step", rows=5),
+    _part("prefill", "cross keys and values, and prefill", "prefill"),
     _window("window", f"30 s window, {FORCED_TOKENS} tokens, greedy", 1, False, 20.0),
     _window("window_beam5", f"30 s window, {FORCED_TOKENS} tokens, beam 5", 5, False, 20.0),
     _window("window_words", f"30 s window, {FORCED_TOKENS} tokens, word times", 1, True, 15.0),

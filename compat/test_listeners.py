@@ -1,29 +1,33 @@
-"""Forward hooks that listen: they hear on MAX what upstream's modules would have told them.
+"""Hooks of packages that listen: they hear on MAX what upstream's modules would have told them.
 
-And those that do more than listen get their way, by PyTorch.
+Should one do more than listen, it gets its way. All other hooks are PyTorch's.
 """
 
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from types import FunctionType
 
 import pytest
 import torch
 import whisper
 from hypothesis import given
 from hypothesis import strategies as st
-from whisper.decoding import DecodingOptions, DecodingTask
+from whisper import timing
+from whisper.decoding import DecodingOptions, DecodingTask, LogitFilter
 from whisper.model import MultiHeadAttention
+from whisper.tokenizer import get_tokenizer
 
 import whisper_max
-from harness import exact, on_max, on_pytorch, with_fallback
+from harness import exact, on_pytorch, with_fallback
 from isolation import pytorch_threads
 from recordings import samples
 from strategies import numbers, recipes, seeds, token_rows
 from test_decoding_options import assert_same
 from tolerances import AVG_LOGPROB, INSIDE, assert_precise
-from whisper_max import UnsupportedByMax
+from whisper_max import UnsupportedByMax, report
 from whisper_max.runtime.engine import Engine
 
 PLACES = ("token_embedding", "blocks.0.cross_attn", "blocks.1.cross_attn", "ln")
@@ -32,20 +36,30 @@ TOKENS = torch.tensor([[50258, 50259, 50359, 50364, 300]])
 without_sdpa = getattr(whisper.model, "disable_sdpa", nullcontext)
 
 
+def as_of(package, function):
+    """The same function, as if a module of this package had defined it."""
+    names = {**function.__globals__, "__name__": f"{package}.timing"}
+    return FunctionType(function.__code__, names, closure=function.__closure__)
+
+
 class Heard:
-    """Hooks in places of a module, and what they heard: (place, inputs, output) of each call."""
+    """Hooks in places of a module, and what they heard: (place, inputs, output) of each call.
 
-    def __init__(self, module, places, hook=lambda call: None):
+    hook : is given each call, and may return what a hook may
+    package : whose hooks they are
+    """
+
+    def __init__(self, module, places, hook=lambda call: None, package="stable_whisper"):
         self.calls = []
-        self._handles = [self._hang(module, place, hook) for place in places]
+        self._handles = [self._hang(module, place, hook, package) for place in places]
 
-    def _hang(self, module, place, hook):
+    def _hang(self, module, place, hook, package):
         def listen(part, inputs, output):
             assert part is module.get_submodule(place)
             self.calls.append((place, inputs, output))
             return hook(self.calls[-1])
 
-        return module.get_submodule(place).register_forward_hook(listen)
+        return module.get_submodule(place).register_forward_hook(as_of(package, listen))
 
     def __enter__(self):
         return self
@@ -161,48 +175,48 @@ def halved_in_place(call):
     (output[0] if isinstance(output, tuple) else output).mul_(0.5)
 
 
-def inputs_zeroed(call):
-    place, inputs, _ = call
-    inputs[0].zero_()
-
-
-CHANGES = pytest.mark.parametrize("change", [doubled, halved_in_place, inputs_zeroed])
+CHANGES = pytest.mark.parametrize("change", [doubled, halved_in_place])
 
 
 @CHANGES
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.allow_fallback
-def test_a_changed_output_stands_in_a_whole_text(model, place, change):
+def test_a_changed_output_stands_in_a_whole_text(plain, model, place, change):
     features = numbers((1, 1500, 128), 1)
-    results, heard = [], []
-    for patched in (False, True):
+
+    def logits(model):
         hook = lambda call: change(call) if call[0] == place else None  # noqa: E731
         with torch.no_grad(), Heard(model.decoder, PLACES, hook) as hooks:
-            if patched:
-                whisper_max.accelerate(model)
-            with with_fallback() if patched else nullcontext():
-                results.append(model.decoder(TOKENS.clone(), features))
-        heard.append(hooks)
-    assert heard[1].shapes == heard[0].shapes
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+            return model.decoder(TOKENS, features), hooks
+
+    expected, theirs = logits(plain)
+    whisper_max.accelerate(model)
+    with with_fallback():
+        found, ours = logits(model)
+        decoder = whisper_max.status().targets["decoder"]
+    assert decoder.reasons == {f"a hook changed what {place} returns": 1}
+    assert ours.shapes == theirs.shapes
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @CHANGES
 @pytest.mark.allow_fallback
-def test_a_changed_convolution_stands(model, mel, change):
-    results, heard = [], []
-    for patched in (False, True):
+def test_a_changed_convolution_stands(plain, model, mel, change):
+    def features(model):
         with torch.no_grad(), Heard(model.encoder, ["conv1"], change) as hooks:
-            if patched:
-                whisper_max.accelerate(model)
-            with with_fallback() if patched else nullcontext():
-                results.append(model.encoder(mel[None].clone()))
-        heard.append(hooks)
-    assert heard[1].places == heard[0].places == ["conv1"]
-    assert torch.equal(results[1], results[0])
+            return model.encoder(mel[None]), hooks
+
+    expected, theirs = features(plain)
+    whisper_max.accelerate(model)
+    with with_fallback():
+        found, ours = features(model)
+        encoder = whisper_max.status().targets["encoder"]
+    assert encoder.reasons == {"a hook changed what conv1 returns": 1}
+    assert ours.places == theirs.places == ["conv1"]
+    assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("change", [doubled, halved_in_place])
+@CHANGES
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("step", [0, 3])
 @pytest.mark.parametrize("beam_size", [None, 3])
@@ -257,29 +271,42 @@ def test_no_hook_is_called_twice_where_max_fails(plain, model, mel, monkeypatch,
 
 
 @pytest.mark.allow_fallback
-def test_no_hook_is_called_twice_in_shadow_mode(model, mel):
+def test_in_shadow_mode_hooks_hear_pytorch_alone(plain, model, mel):
     features = numbers((1, 1500, 128), 1)
+
+    def hear(model):
+        with Heard(model.decoder, PLACES) as decoder, Heard(model.encoder, ["conv1"]) as encoder:
+            with torch.no_grad():
+                model.decoder(TOKENS, features)
+                model.encoder(mel[None])
+        return decoder.calls + encoder.calls
+
+    expected = hear(plain)
     whisper_max.accelerate(model)
-    with Heard(model.decoder, PLACES) as decoder, Heard(model.encoder, ["conv1"]) as encoder:
-        with torch.no_grad(), whisper_max.patched(mode="shadow", compile="blocking"):
-            model.decoder(TOKENS, features)
-            model.encoder(mel[None])
-            status = whisper_max.status().targets
+    with whisper_max.patched(mode="shadow", compile="blocking"):
+        found = hear(model)
+        status = whisper_max.status().targets
     assert status["decoder"].max_calls == status["encoder"].max_calls == 1
-    assert decoder.places == list(PLACES) and encoder.places == ["conv1"]
+    assert [call[0] for call in found] == [call[0] for call in expected]
+    for call, other in zip(found, expected):
+        for one, two in zip(tensors(call), tensors(other)):
+            assert one is two is None or torch.equal(one, two)
 
 
-def test_a_fault_in_a_hook_is_the_callers(model, strict):
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("error", [KeyError("of the hook"), MemoryError("of the hook")], ids=repr)
+def test_a_fault_in_a_hook_is_the_callers(model, strict, place, error):
     features = numbers((1, 1500, 128), 1)
     whisper_max.accelerate(model)
 
     def fail(call):
-        raise KeyError("the hook's own")
+        if call[0] == place:
+            raise error
 
-    for place in PLACES:
-        with Heard(model.decoder, [place], fail), torch.no_grad():
-            with pytest.raises(KeyError, match="the hook's own"):
-                model.decoder(TOKENS, features)
+    with Heard(model.decoder, PLACES, fail) as heard, torch.no_grad():
+        with pytest.raises(type(error), match="of the hook"):
+            model.decoder(TOKENS, features)
+    assert heard.places == list(PLACES[: PLACES.index(place) + 1])
     with torch.no_grad():
         model.decoder(TOKENS, features)
 
@@ -291,64 +318,109 @@ def test_strict_mode_refuses_a_changed_output(model, strict):
             model.decoder(TOKENS, numbers((1, 1500, 128), 1))
 
 
+def anything(call):
+    """What counters of changes do not see."""
+    (call[2][0] if isinstance(call[2], tuple) else call[2]).data.mul_(0.5)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.allow_fallback
+def test_hooks_of_others_are_pytorchs(model, place):
+    """They may do anything."""
+    assert_pytorchs(model, place, lambda: Heard(model.decoder, [place], anything, package="mine"))
+
+
 @pytest.mark.parametrize("more", [{"with_kwargs": True}, {"always_call": True}])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.allow_fallback
 def test_hooks_that_want_more_are_pytorchs(model, place, more):
-    heard = []
-    features = numbers((1, 1500, 128), 1)
+    hook = as_of("stable_whisper", lambda *call: None)
     part = model.decoder.get_submodule(place)
-    part.register_forward_hook(lambda *call: heard.append(len(call)), **more)
-    with torch.no_grad():
+
+    @contextmanager
+    def hung():
+        handle = part.register_forward_hook(hook, **more)
+        yield
+        handle.remove()
+
+    assert_pytorchs(model, place, hung)
+
+
+@pytest.mark.allow_fallback
+def test_hooks_of_one_module_in_two_places_are_pytorchs(model):
+    model.decoder.blocks[1].cross_attn = model.decoder.blocks[0].cross_attn
+    place = "blocks.1.cross_attn"
+    assert_pytorchs(model, place, lambda: Heard(model.decoder, [place], halved_in_place))
+
+
+def assert_pytorchs(model, place, hung):
+    """With hooks hung, the decoder gives what it gives unpatched, for that reason."""
+    features = numbers((1, 1500, 128), 1)
+    with torch.no_grad(), hung():
         expected = model.decoder(TOKENS, features)
         whisper_max.accelerate(model)
         with with_fallback():
             found = model.decoder(TOKENS, features)
             decoder = whisper_max.status().targets["decoder"]
-    assert decoder.reasons == {f"{place} has hooks": 1}
+    assert f"{place} has hooks" in decoder.reasons and not decoder.max_calls
     assert torch.equal(found, expected)
-    assert len(heard) == 2 and heard[0] == heard[1]
 
 
-@pytest.mark.allow_fallback
-def test_hooks_in_inference_mode_are_pytorchs(model, mel):
-    """In which nobody counts changes in place."""
-    features = numbers((1, 1500, 128), 1)
-    with torch.inference_mode(), Heard(model.decoder, ["ln"], halved_in_place) as heard:
-        expected = model.decoder(TOKENS, features)
-        whisper_max.accelerate(model)
-        with with_fallback():
-            found = model.decoder(TOKENS, features)
-            assert whisper_max.status().targets["decoder"].reasons == {"ln has hooks": 1}
-    assert torch.equal(found, expected) and heard.places == ["ln", "ln"]
+def test_hooks_hear_inference_tensors(model, mel, strict):
+    """Of which PyTorch counts no changes."""
+    whisper_max.accelerate(model)
+    with torch.inference_mode():
+        window, features, tokens = mel[None].clone(), numbers((1, 1500, 128), 1), TOKENS.clone()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with Heard(model.decoder, PLACES) as heard, Heard(model.encoder, ["conv1"]) as first:
+            with mode():
+                model.decoder(tokens, features)
+                model.encoder(window)
+        assert heard.places == list(PLACES) and first.places == ["conv1"]
 
 
 @pytest.mark.allow_fallback
 def test_a_hook_that_comes_during_a_decode_is_heard(plain, model, mel):
-    def decode(model):
+    def decode(model, package):
         inference = whisper.decoding.PyTorchInference(model, TOKENS.shape[1])
-        heard = []
         with torch.no_grad():
-            features = model.encoder(mel[None])
-            rows = TOKENS
+            rows, features = TOKENS, model.encoder(mel[None])
             for step in range(4):
                 if step == 2:
-                    handle = model.decoder.ln.register_forward_hook(
-                        lambda part, inputs, output: heard.append(output)
-                    )
+                    heard = Heard(model.decoder, ["ln"], package=package)
                 logits = inference.logits(rows, features)
                 rows = torch.cat([rows, logits[:, -1:].argmax(dim=-1)], dim=1)
         inference.cleanup_caching()
-        handle.remove()
-        return rows, heard
+        heard.__exit__()
+        return rows, [output for _, _, output in heard.calls]
 
-    expected, theirs = decode(plain)
-    with on_max():
-        found, ours = decode(model)
-    assert torch.equal(found, expected)
-    assert len(ours) == len(theirs) == 2
-    for one, other in zip(ours, theirs):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    expected, theirs = decode(plain, "mine")
+    for package, steps_on_max in (("stable_whisper", 4), ("mine", 2)):
+        with with_fallback():
+            report.reset()
+            found, ours = decode(model, package)
+            assert whisper_max.status().targets["inference"].max_calls == steps_on_max
+        assert torch.equal(found, expected)
+        assert len(ours) == len(theirs) == 2
+        for one, other in zip(ours, theirs):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.allow_fallback
+def test_word_timestamps_call_the_hooks_of_the_encoder_once(plain, model, mel):
+    """Also where hooks of the decoder leave them to PyTorch."""
+    tokenizer = get_tokenizer(True, num_languages=plain.num_languages, language="en")
+    text = tokenizer.encode(" My father wants coffee.")
+
+    def places(model):
+        with Heard(model.encoder, ["conv1"]) as encoder, Heard(model.decoder, ["ln"]) as decoder:
+            timing.find_alignment(model, tokenizer, text, mel, 300)
+        return encoder.places + decoder.places
+
+    expected = places(plain)
+    with with_fallback():
+        assert places(model) == expected == ["conv1", "ln"]
+        assert whisper_max.status().targets["alignment"].reasons == {"ln has hooks": 1}
 
 
 @pytest.mark.skipif(not hasattr(MultiHeadAttention, "use_sdpa"), reason="before SDPA")
@@ -358,8 +430,28 @@ def test_without_sdpa_nobody_has_to_listen(checkpoint, mel, strict):
         whisper.decode(checkpoint, mel, DecodingOptions(fp16=False, language="en"))
 
 
+@pytest.mark.allow_fallback
+def test_threads_that_share_a_model_leave_its_hooks_in_place(model):
+    """Though PyTorch takes every call over."""
+    features = numbers((1, 1500, 128), 1)
+    whisper_max.accelerate(model)
+    with Heard(model.decoder, ["ln"], doubled) as heard, with_fallback():
+        hooks = dict(model.decoder.ln._forward_hooks)
+
+        def call(_):
+            with torch.no_grad():
+                model.decoder(TOKENS, features)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(call, range(24)))
+        assert dict(model.decoder.ln._forward_hooks) == hooks
+        assert heard.calls
+
+
 class OwnLoop(DecodingTask):
     """A task with a loop of its own, as stable-ts's."""
+
+    __module__ = "stable_whisper.decode"
 
     def _main_loop(self, audio_features, tokens):
         self.threads = []
@@ -374,6 +466,15 @@ class OwnLoop(DecodingTask):
             self.inference.cleanup_caching()
         self.threads.append(torch.get_num_threads())
         return tokens, torch.zeros(len(tokens)), [0.0] * len(tokens)
+
+
+class ForeignLoop(OwnLoop):
+    """Which may compute as much as the model does."""
+
+
+class ForeignFilter(LogitFilter):
+    def apply(self, logits, tokens):
+        pass
 
 
 @pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="PyTorch without OpenMP")
@@ -393,6 +494,14 @@ def test_pytorch_keeps_to_one_thread_between_the_steps_of_a_loop(checkpoint, mel
         inference = whisper.decoding.PyTorchInference(checkpoint, TOKENS.shape[1])
         inference.logits(TOKENS, checkpoint.embed_audio(mel[None]))
         assert torch.get_num_threads() == 3  # outside of a decode nobody would end it
+
+        task = ForeignLoop(checkpoint, options)
+        task.run(mel[None])
+        assert task.threads == [3] * 5
+        task = OwnLoop(checkpoint, options)
+        task.logit_filters.append(ForeignFilter())
+        task.run(mel[None])
+        assert task.threads == [3] * 5
 
 
 @pytest.mark.parametrize(("count", "in_hooks"), [(3, 3), (2, 1)])

@@ -18,6 +18,7 @@ from whisper.model import Whisper
 
 from . import activation, listeners, live_models, settings
 from .activation import originals
+from .changed_parts import decoder_changes
 from .conditions import bypass_reasons
 from .dispatch import refuse, run
 from .text_decoder import decoder_reasons
@@ -112,9 +113,11 @@ class _StandIn:
         """Logits, shape = (1, tokens, n_vocab); the hooks get the scores of the alignment heads."""
         from .runtime import paths
 
+        decoder = self.model.decoder
+        # Before the encoder runs, whose hooks would be called again by PyTorch.
+        refuse(decoder_changes(decoder) or listeners.places_of(decoder).reasons())
         features = self.model.encoder(mel)
-        refuse(decoder_reasons(self.model.decoder, tokens, features))
-        refuse(listeners.places_of(self.model.decoder).reasons())
+        refuse(decoder_reasons(decoder, tokens, features))
         session = paths.open_session(self.model.decoder, features, 1, settings.active())
         heads = self.alignment_heads.indices().T.tolist()
         logits, scores = session.align(tokens, heads)

@@ -96,7 +96,7 @@ def _on_max(
     task: DecodingTask, before: _Before, audio_features: Tensor, tokens: Tensor
 ) -> Decoded:
     refuse(_reasons(task))
-    task.inference.start(tokens, audio_features, with_hooks=False)
+    task.inference.start(tokens, audio_features, refuse_hooks=True)
     try:
         with out_of_memory_is_unsupported(), only_this_thread():
             return _decode(task, before, task.inference.session, audio_features, tokens)

@@ -6,6 +6,8 @@ and fails. Each window is decoded on its own here, as `decode` does with a singl
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor
 from whisper.decoding import DecodingResult, DecodingTask
 
@@ -22,7 +24,15 @@ def max_run(self: DecodingTask, mel: Tensor) -> list[DecodingResult]:
         log-mel spectrograms; or encoded audio, (windows, n_audio_ctx, n_audio_state)
     """
     several = len(mel) > 1 and self.n_group > 1 and type(self) is DecodingTask
-    with on_one_thread.decode():
+    with on_one_thread.decode() if _computes_little(self) else nullcontext():
         if not several or activation.why_off("decoding_loop") is not None:
             return upstream_run(self, mel)
         return [result for window in mel.split(1) for result in upstream_run(self, window)]
+
+
+def _computes_little(task: DecodingTask) -> bool:
+    """Whether its loop only chooses among logits: upstream's and stable-ts's, unless extended."""
+    if type(task).__module__ not in ("whisper.decoding", "stable_whisper.decode"):
+        return False
+    computing = (*task.logit_filters, task.decoder)
+    return all(type(part).__module__ == "whisper.decoding" for part in computing)

@@ -63,16 +63,21 @@ def on_pytorch(target: str, on_torch: Callable[[], Result], reasons: Sequence[st
 
 @contextmanager
 def out_of_memory_is_unsupported() -> Iterator[None]:
-    """Raises UnsupportedByMax where memory runs out inside: PyTorch may do with less."""
+    """Raises UnsupportedByMax where memory runs out inside: PyTorch may do with less.
+
+    What a user's hook raises is the user's.
+    """
     import torch
 
     try:
         yield
     except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        if hasattr(error, "of_a_hook"):
+            raise
         raise UnsupportedByMax(f"memory ran out: {error}") from error
     except RuntimeError as error:
         _, allocator, text = str(error).partition("DefaultCPUAllocator: ")
-        if not allocator:
+        if not allocator or hasattr(error, "of_a_hook"):
             raise
         raise UnsupportedByMax(f"memory ran out: {text}") from error
 

@@ -95,16 +95,18 @@ class MaxInference(UpstreamInference):
         self._torch_reasons = None
         self._features = self._decoded = self._listening = None
 
-    def start(self, tokens: Tensor, audio_features: Tensor, *, with_hooks: bool) -> None:
+    def start(
+        self, tokens: Tensor, audio_features: Tensor, *, refuse_hooks: bool = False
+    ) -> None:
         """Opens the session of this decode; raises UnsupportedByMax with the reasons against it.
 
-        with_hooks : whether hooks that listen inside the decoder will be called
+        refuse_hooks : whether hooks that listen inside the decoder are such a reason
         """
         from .runtime import paths
 
         refuse(inference_reasons(self, tokens, audio_features))
         self._listening = listeners.places_of(self.model.decoder)
-        if not with_hooks:
+        if refuse_hooks:
             refuse(self._listening.reasons())
         with out_of_memory_is_unsupported():
             self.session = paths.open_session(
@@ -128,7 +130,7 @@ class MaxInference(UpstreamInference):
             self.leave_to_pytorch([off])
             return
         try:
-            self.start(tokens, audio_features, with_hooks=True)
+            self.start(tokens, audio_features)
         except UnsupportedByMax as unsupported:
             if settings.active().mode == "strict":
                 raise

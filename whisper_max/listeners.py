@@ -1,17 +1,17 @@
-"""Forward hooks that run beside MAX: those that look at what passes through a model.
+"""Forward hooks that run beside MAX: those of packages that look at what passes through a model.
 
-stable-ts, whisper-timestamped and much research code hang forward hooks on cross attention, on the
-token embedding, on the decoder's last LayerNorm or on the encoder's first convolution. Such a hook
-is called with the inputs and the output that upstream's module would have had, and in upstream's
-order. One that changes its module's output, by returning another or in place, ends the call on
-MAX: PyTorch goes on with that output, and no hook is called twice. Hooks of any other kind or in
-any other place are reasons for PyTorch from the start (`changed_parts`).
+stable-ts and whisper-timestamped hang forward hooks on cross attention, on the token embedding, on
+the decoder's last LayerNorm and on the encoder's first convolution. They are called with the
+inputs and the output that upstream's module would have had, and in upstream's order. A hook may do
+anything: all others, and those in other places, are reasons for PyTorch (`changed_parts`). Should
+one of these change an output after all, PyTorch goes on with that output.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from whisper import model as upstream
 
-from . import on_one_thread
-from .changed_parts import can_listen
+from . import on_one_thread, settings
+from .changed_parts import only_listens
 from .dispatch import refuse
 
 if TYPE_CHECKING:
@@ -29,38 +29,48 @@ if TYPE_CHECKING:
 Output = Union[Tensor, tuple[Tensor, Optional[Tensor]]]
 
 _UNCHANGED = object()
+_replacing = threading.RLock()
+
+
+class Attention(NamedTuple):
+    """A block's cross attention, and the LayerNorm before it."""
+
+    name: str
+    part: nn.Module
+    norm: nn.Module
 
 
 class Places(NamedTuple):
     """Where in an encoder or decoder hooks may listen.
 
-    parts : by name, in the order of their calls
-    norms : a decoder's LayerNorms before cross attention
+    parts : by name
+    attention : of a decoder, of all blocks
     """
 
     parts: Mapping[str, nn.Module]
-    norms: Sequence[nn.Module]
+    attention: tuple[Attention, ...] = ()
 
     def reasons(self) -> list[str]:
-        """Reasons against MAX where it has nothing to tell hooks."""
+        """The hooks there, as reasons against what has nothing to tell them."""
         return [f"{name} has hooks" for name, part in self.parts.items() if part._forward_hooks]
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
         """PyTorch calls none of the hooks meanwhile."""
-        with ExitStack() as stack:
-            for part in self.parts.values():
-                stack.enter_context(_hooks_instead(part, _UNCHANGED))
+        with _hooks_instead({part: _UNCHANGED for part in self.parts.values()}):
             yield
 
 
 def places_of(module: nn.Module) -> Places:
     """Those of an encoder or decoder that is as upstream made it."""
     if "conv1" in module._modules:
-        return Places({"conv1": module.conv1}, ())
-    attention = {f"blocks.{i}.cross_attn": b.cross_attn for i, b in enumerate(module.blocks)}
-    parts = {"token_embedding": module.token_embedding, **attention, "ln": module.ln}
-    return Places(parts, [block.cross_attn_ln for block in module.blocks])
+        return Places({"conv1": module.conv1})
+    attention = tuple(
+        Attention(f"blocks.{i}.cross_attn", block.cross_attn, block.cross_attn_ln)
+        for i, block in enumerate(module.blocks)
+    )
+    parts = {name: part for name, part, _ in attention}
+    return Places({"token_embedding": module.token_embedding, **parts, "ln": module.ln}, attention)
 
 
 class Pass:
@@ -72,9 +82,7 @@ class Pass:
     @contextmanager
     def on_pytorch(self) -> Iterator[None]:
         """Upstream's modules run: they call no hook that was called, and changed outputs stand."""
-        with ExitStack() as stack:
-            for part, output in self._called.items():
-                stack.enter_context(_hooks_instead(part, output))
+        with _hooks_instead(self._called):
             yield
 
     def encoder(self, places: Places, mel: Tensor) -> None:
@@ -82,7 +90,7 @@ class Pass:
 
         Raises UnsupportedByMax where MAX cannot go on.
         """
-        if _are_hooks(places, mel.device):
+        if _somebody_listens(places, mel.device):
             conv1 = places.parts["conv1"]
             self._tell("conv1", conv1, (mel,), conv1.forward(mel))
 
@@ -97,22 +105,22 @@ class Pass:
         where MAX cannot go on.
         """
         rows, count = tokens.shape
-        if not _are_hooks(places, tokens.device):
+        if not _somebody_listens(places, tokens.device):
             if session.length == 0:
                 return session.prefill(tokens, range(count))
             return session.step(tokens, range(rows * count)).view(rows, count, -1)
 
-        own = tokens.to(torch.int32, copy=True)  # whatever a hook does to the caller's
-        (_, embedding), *attention, (_, ln) = places.parts.items()
+        embedding, ln = places.parts["token_embedding"], places.parts["ln"]
         if embedding._forward_hooks:
             self._tell("token_embedding", embedding, (tokens,), embedding.forward(tokens))
-        layers = [layer for layer, (_, part) in enumerate(attention) if part._forward_hooks]
-        scored = layers if _forms_scores() else []
-        logits, seen = session.observed_step(own, range(rows * count), scored)
-        for layer in layers:
-            before, after = seen.before[layer], seen.after[layer]
-            inputs = (places.norms[layer].forward(before), features)
-            self._tell(*attention[layer], inputs, (after - before, seen.scores.get(layer)))
+        scored = [i for i, place in enumerate(places.attention) if place.part._forward_hooks]
+        logits, seen = session.observed_step(
+            tokens, range(rows * count), scored if _forms_scores() else []
+        )
+        for i, (name, part, norm) in enumerate(places.attention):
+            if part._forward_hooks:
+                inputs = (norm.forward(seen.before[i]), features)
+                self._tell(name, part, inputs, (seen.after[i] - seen.before[i], seen.scores.get(i)))
         if ln._forward_hooks:
             self._tell("ln", ln, (seen.end,), ln.forward(seen.end))
         return logits.view(rows, count, -1)
@@ -121,33 +129,41 @@ class Pass:
         self, name: str, part: nn.Module, inputs: tuple[Tensor, ...], output: Output
     ) -> None:
         """Calls the hooks of one part, as `torch.nn.Module` does."""
-        tensors = [*inputs, *(output if isinstance(output, tuple) else (output,))]
-        tensors = [tensor for tensor in tensors if tensor is not None]
-        versions = [tensor._version for tensor in tensors]
+        before = _versions(inputs, output)
         result = output
-        with on_one_thread.interrupted():
-            for hook in list(part._forward_hooks.values()):
-                replaced = hook(part, inputs, result)
-                result = result if replaced is None else replaced
-        changed = result is not output or versions != [tensor._version for tensor in tensors]
+        try:
+            with on_one_thread.interrupted():
+                for hook in list(part._forward_hooks.values()):
+                    replaced = hook(part, inputs, result)
+                    result = result if replaced is None else replaced
+        except Exception as error:
+            error.of_a_hook = True  # so that lack of memory is not taken for MAX's
+            raise
+        changed = result is not output or before != _versions(inputs, output)
         self._called[part] = result if changed else _UNCHANGED
         if changed:
             refuse([f"a hook changed what {name} returns"])
 
 
-def _are_hooks(places: Places, device: torch.device) -> bool:
-    """Whether there is anybody to tell.
+def _versions(inputs: tuple[Tensor, ...], output: Output) -> list[int]:
+    """How often tensors were changed in place; PyTorch does not count that of inference tensors."""
+    tensors = [*inputs, *(output if isinstance(output, tuple) else (output,))]
+    return [t._version for t in tensors if t is not None and not t.is_inference()]
 
-    Raises UnsupportedByMax where hooks cannot be called rightly: on a GPU, whose graphs do not tell
-    what they see; in inference mode, where PyTorch does not count changes; or of another kind.
+
+def _somebody_listens(places: Places, device: torch.device) -> bool:
+    """Whether there is a hook to be told. In mode "shadow", PyTorch tells them.
+
+    Raises UnsupportedByMax where one cannot be called rightly: where it may do more than listen, on
+    a GPU, whose graphs do not tell what they see, or where one module stands in two places.
     """
-    heard = {name: part for name, part in places.parts.items() if part._forward_hooks}
-    if device.type == "cpu" and not torch.is_inference_mode_enabled():
-        refused = {name: part for name, part in heard.items() if not can_listen(part)}
-    else:
-        refused = heard
-    refuse([f"{name} has hooks" for name in refused])
-    return bool(heard)
+    heard = [part for part in places.parts.values() if part._forward_hooks]
+    if not heard or settings.active().mode == "shadow":
+        return False
+    alike = len(set(places.parts.values())) < len(places.parts)
+    if alike or device.type != "cpu" or not all(map(only_listens, heard)):
+        refuse(places.reasons())
+    return True
 
 
 def _forms_scores() -> bool:
@@ -158,13 +174,18 @@ def _forms_scores() -> bool:
 
 
 @contextmanager
-def _hooks_instead(part: nn.Module, output: object) -> Iterator[None]:
-    """For the time being a part has no hooks, or one that replaces its output."""
-    hooks = part._forward_hooks
-    part._forward_hooks = OrderedDict()
-    if output is not _UNCHANGED:
-        part._forward_hooks[0] = lambda *call: output
-    try:
+def _hooks_instead(outputs: Mapping[nn.Module, object]) -> Iterator[None]:
+    """For the time being these parts have no hooks, or one that replaces the output.
+
+    One thread at a time, so that each puts back what was there.
+    """
+    if not any(part._forward_hooks for part in outputs):
         yield
-    finally:
-        part._forward_hooks = hooks
+        return
+    with _replacing, ExitStack() as stack:
+        for part, output in outputs.items():
+            stack.callback(setattr, part, "_forward_hooks", part._forward_hooks)
+            part._forward_hooks = OrderedDict()
+            if output is not _UNCHANGED:
+                part._forward_hooks[0] = lambda *call, output=output: output
+        yield

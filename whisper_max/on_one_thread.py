@@ -36,7 +36,8 @@ def only_this_thread() -> Iterator[None]:
         yield
     finally:
         mkl(mkl_before)
-        _pytorch.omp_set_num_threads(before)
+        if torch.get_num_threads() == 1:  # nobody has set another number meanwhile
+            _pytorch.omp_set_num_threads(before)
 
 
 class _Decode(threading.local):

@@ -198,12 +198,12 @@ struct EncoderBlocks:
 
 
 @always_inline
-def keep[width: Int](mut phase: Phases, stream: Floats, to: Floats, count: Int):
-    """Copies the residual stream as it is between two phases."""
+def keep[width: Int](mut phase: Phases, stream: Floats, to: Floats, place: Int, count: Int):
+    """Copies the residual stream, `count` floats, as it is between two phases."""
 
     @always_inline
-    def all(chunk: Int) {var stream, var to, var count}:
-        copy[width](stream, to, count)
+    def all(chunk: Int) {var stream, var to, var place, var count}:
+        copy[width](stream, to.unsafe_offset(place * count), count)
 
     phase.run(1, all)
 
@@ -366,7 +366,7 @@ struct DecoderBlocks:
                     True, False,
                 ))
                 if keeps:
-                    keep[width](phase, stream, kept.unsafe_offset(2 * layer * stream_size), stream_size)
+                    keep[width](phase, stream, kept, 2 * layer, stream_size)
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, cross_query_weight, cross_query_scale,
                     cross_query_bias, layer, cross_ln, False, False,
@@ -377,7 +377,7 @@ struct DecoderBlocks:
                     layer, none, True, False,
                 ))
                 if keeps:
-                    keep[width](phase, stream, kept.unsafe_offset((2 * layer + 1) * stream_size), stream_size)
+                    keep[width](phase, stream, kept, 2 * layer + 1, stream_size)
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln,
                     False, True,

@@ -105,8 +105,11 @@ class DecoderSession:
         return logits, Observed(
             streams[:-1:2],
             streams[1::2],
-            streams[-1],
-            {layer: by_layer[i].contiguous() for i, layer in enumerate(layers)},
+            streams[-1].clone(),  # hooks may keep it, but not the others for it
+            {
+                layer: by_layer[i].clone(memory_format=torch.contiguous_format)
+                for i, layer in enumerate(layers)
+            },
         )
 
     def align(
