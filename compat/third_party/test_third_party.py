@@ -43,10 +43,10 @@ class Case:
 EVERYWHERE = ("encoder", "decoder", "decoding_loop")  # the decoder: the language is detected
 # stable-ts decodes by a loop of its own, and listens to cross attention to place words.
 STABLE_TS = (("encoder", "decoder", "inference"), {})
-# whisper-timestamped listens while it decodes: to cross attention, and to the encoder's input.
+# whisper-timestamped listens to every step: to cross attention, and to the encoder's input.
 WHILE_DECODING = (("encoder", "inference"), {"decoding_loop": HOOKS})
-# With beams it decodes first, with SDPA off, and listens to a second pass.
-AFTERWARDS = (("encoder", "decoder", "decoding_loop"), {})
+# With beams only to the last LayerNorm then, and to cross attention in a second pass.
+AFTERWARDS = (("encoder", "decoder", "inference"), {"decoding_loop": HOOKS})
 CASES = [
     Case("stable-ts", "stable_ts_words", "en03", *STABLE_TS),
     Case("stable-ts", "stable_ts_align", "en03", *STABLE_TS),
