@@ -294,17 +294,17 @@ def test_in_shadow_mode_hooks_hear_pytorch_alone(plain, model, mel):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("error", [KeyError("of the hook"), MemoryError("of the hook")], ids=repr)
+@pytest.mark.parametrize("error", [KeyError, MemoryError])
 def test_a_fault_in_a_hook_is_the_callers(model, strict, place, error):
     features = numbers((1, 1500, 128), 1)
     whisper_max.accelerate(model)
 
     def fail(call):
         if call[0] == place:
-            raise error
+            raise error("of the hook")
 
     with Heard(model.decoder, PLACES, fail) as heard, torch.no_grad():
-        with pytest.raises(type(error), match="of the hook"):
+        with pytest.raises(error, match="of the hook"):
             model.decoder(TOKENS, features)
     assert heard.places == list(PLACES[: PLACES.index(place) + 1])
     with torch.no_grad():
