@@ -16,12 +16,13 @@ PRECISIONS = ("high", "medium", "int8")
 
 
 def block(by_machine: dict[str, Results]) -> str:
-    """The text between the marks: of the machine measured last, the largest model measured."""
+    """The text between the marks: of the machine measured last, the model with the most rows."""
     if not by_machine:
         return "Not measured yet: `make bench` writes the figures here."
     results = max(by_machine.values(), key=lambda one: one.measured)
-    sized = [model for model in models_of(results) if model != TRAINED]
-    shown = (*sized[-1:], TRAINED)
+    measured = [model for name, model in groups(results) if name in SCENARIOS]
+    sized = [model for model in reversed(models_of(results)) if model != TRAINED]
+    shown = (max(sized, key=measured.count, default=None), TRAINED)
     ours = [f"{OURS}-{precision}" for precision in PRECISIONS]
     rows = []
     for group in groups(results):
