@@ -330,6 +330,12 @@ def test_hooks_of_others_are_pytorchs(model, place):
     assert_pytorchs(model, place, lambda: Heard(model.decoder, [place], anything, package="mine"))
 
 
+@pytest.mark.parametrize("place", ["blocks.1.cross_attn_ln", "blocks.0.attn", "blocks.0.mlp"])
+@pytest.mark.allow_fallback
+def test_hooks_elsewhere_are_pytorchs(model, place):
+    assert_pytorchs(model, place, lambda: Heard(model.decoder, [place]))
+
+
 @pytest.mark.parametrize("more", [{"with_kwargs": True}, {"always_call": True}])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.allow_fallback

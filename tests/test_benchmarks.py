@@ -14,6 +14,7 @@ from benchmarks.report import block, page, with_block, write
 from benchmarks.report.readme import BEGIN, END
 from benchmarks.results import load_all, save
 from whisper_max.dimensions_of import dimensions_of
+from whisper_max.runtime import loading
 
 from benchmark_fakes import made_up_results
 
@@ -84,6 +85,7 @@ def test_both_sides_of_a_gpu_are_compared_in_turns(monkeypatch, tmp_path):
     monkeypatch.setattr(ceilings, "BYTES", 1 << 20)
     monkeypatch.setattr(ceilings, "SECONDS", 0.01)
     monkeypatch.setenv("WHISPER_MAX_CACHE_DIR", str(tmp_path / "none"))
+    monkeypatch.setattr(loading, "_engines", {})  # other tests may have loaded what this one lacks
     patched = whisper_max.patched
     monkeypatch.setattr(
         gpu.whisper_max, "patched", lambda **options: patched(**{**options, "compile": "cached"})

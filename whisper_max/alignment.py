@@ -118,10 +118,10 @@ class _StandIn:
         refuse(decoder_changes(decoder) or listeners.places_of(decoder).reasons())
         features = self.model.encoder(mel)
         refuse(decoder_reasons(decoder, tokens, features))
-        session = paths.open_session(self.model.decoder, features, 1, settings.active())
+        session = paths.open_session(decoder, features, 1, settings.active())
         heads = self.alignment_heads.indices().T.tolist()
         logits, scores = session.align(tokens, heads)
-        shape = (1, self.model.decoder.blocks[0].cross_attn.n_head, *scores.shape[1:])
+        shape = (1, decoder.blocks[0].cross_attn.n_head, *scores.shape[1:])
         by_layer = {layer: scores.new_zeros(shape) for layer, _ in heads}
         for slot, (layer, head) in enumerate(heads):
             by_layer[layer][0, head] = scores[slot]

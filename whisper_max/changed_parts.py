@@ -6,7 +6,6 @@ taken out of those modules is honoured by running them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from types import FunctionType
@@ -24,11 +23,13 @@ class Part(NamedTuple):
     weight : shape of its weight in multiples of n_state, None for one of any size; empty for a
         part that has none
     kernel : the size of a convolution's kernel, the last axis of its weight
+    heard : whether hooks that only listen are called beside MAX, by `listeners`
     """
 
     cls: str
     weight: tuple[int | None, ...] = ()
     kernel: tuple[int, ...] = ()
+    heard: bool = False
 
 
 def _linear(outputs: int, inputs: int) -> Part:
@@ -38,21 +39,21 @@ def _linear(outputs: int, inputs: int) -> Part:
 _NORM = Part("whisper.model.LayerNorm", (1,))
 _BLOCKS = Part("torch.nn.modules.container.ModuleList")
 _ENCODER = {
-    "conv1": Part("whisper.model.Conv1d", (1, None), (3,)),
+    "conv1": Part("whisper.model.Conv1d", (1, None), (3,), heard=True),
     "conv2": Part("whisper.model.Conv1d", (1, 1), (3,)),
     "blocks": _BLOCKS,
     "ln_post": _NORM,
 }
 _DECODER = {
-    "token_embedding": Part("torch.nn.modules.sparse.Embedding", (None, 1)),
+    "token_embedding": Part("torch.nn.modules.sparse.Embedding", (None, 1), heard=True),
     "blocks": _BLOCKS,
-    "ln": _NORM,
+    "ln": _NORM._replace(heard=True),
 }
 
 
-def _attention(name: str) -> dict[str, Part]:
+def _attention(name: str, *, heard: bool = False) -> dict[str, Part]:
     return {
-        f".{name}": Part("whisper.model.MultiHeadAttention"),
+        f".{name}": Part("whisper.model.MultiHeadAttention", heard=heard),
         **{f".{name}.{part}": _linear(1, 1) for part in ("query", "key", "value", "out")},
         f".{name}_ln": _NORM,
     }
@@ -67,7 +68,7 @@ _ENCODER_BLOCK = {
     ".mlp.2": _linear(1, 4),
     ".mlp_ln": _NORM,
 }
-_DECODER_BLOCK = {**_ENCODER_BLOCK, **_attention("cross_attn")}
+_DECODER_BLOCK = {**_ENCODER_BLOCK, **_attention("cross_attn", heard=True)}
 
 # What an instance could be told to do otherwise, by class or by name.
 _SETTINGS = {
@@ -78,7 +79,6 @@ _SETTINGS = {
     "GELU": {"approximate": "none"},
     "LayerNorm": {"eps": 1e-5, "elementwise_affine": True},
 }
-_HEARD = re.compile(r"conv1|token_embedding|blocks\.\d+\.cross_attn|ln").fullmatch
 _METHODS = ("forward", "qkv_attention", "_conv_forward")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OTHER_HOOKS = (*HOOKS[1:], "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -172,7 +172,7 @@ def _change(
     if (where := f"{cls.__module__}.{cls.__qualname__}") != part.cls:
         return f"{name} was replaced by {where}"
     own = vars(child)
-    if any(own.get(hooks) for hooks in HOOKS) and not (_HEARD(name) and only_listens(child)):
+    if any(own.get(hooks) for hooks in HOOKS) and not (part.heard and only_listens(child)):
         return f"{name} has hooks"
     if cls not in changed_methods:
         changed_methods[cls] = _changed_method(cls)
@@ -206,7 +206,7 @@ def _changed_parameters(child: nn.Module, part: Part, n_state: int) -> str | Non
     if bias is None:
         # A linear layer may go without. But one that is no parameter would go unseen.
         unseen = getattr(child, "bias", None) is not None
-        return "has no bias of its own" if unseen or part == _NORM else None
+        return "has no bias of its own" if unseen or part.cls == _NORM.cls else None
     if bias.shape != weight.shape[:1]:
         return f"has a bias of shape {tuple(bias.shape)}"
     return None

@@ -59,7 +59,6 @@ def decode() -> Iterator[None]:
         try:
             yield
         finally:
-            ends.close()
             _decode.ends, _decode.held = outer, outer_held
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from max.driver import Buffer
 from torch import Tensor, nn
 
 from ..dispatch import refuse
@@ -98,7 +99,8 @@ class DecoderSession:
         for i, layer in enumerate(layers):
             slots[layer] = list(range(i * self.heads, (i + 1) * self.heads))
         shape = (2 * self.layers + 1, rows * count, self.heads * HEAD_DIM)
-        logits, scores, streams = self._step(tokens, wanted, Scores(slots), shape)
+        room = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
+        logits, scores, streams = self._step(tokens, wanted, Scores(slots), room)
         streams = streams.view(-1, rows, count, shape[2])
         scores = scores[:, :, : self._frames].unflatten(1, (rows, count))
         by_layer = scores.unflatten(0, (len(layers), self.heads)).transpose(1, 2)
@@ -174,7 +176,7 @@ class DecoderSession:
         tokens: Tensor,
         wanted: Iterable[int],
         scores: Scores,
-        streams_shape: tuple[int, int, int] = (0, 0, 0),
+        streams: Buffer | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `step`; also the scores and streams of `decoder_step`."""
         return decoder_step(
@@ -184,7 +186,7 @@ class DecoderSession:
             to_buffer(tokens.to(torch.int32)),
             int32(list(wanted)),
             scores,
-            streams_shape,
+            streams,
         )
 
 

@@ -25,6 +25,7 @@ class Engine:
     def __init__(self, compiled: CompiledModel) -> None:
         self.graphs = InferenceSession(devices=[CPU()]).init_all(compiled, weights_registry={})
         self.threads = int32([limits.threads()])
+        self.no_streams = Buffer.from_numpy(np.zeros((0, 0, 0), np.float32))
         self._has_run = False
 
     def execute(self, graph: str, *operands: Buffer) -> list[Buffer]:
@@ -220,19 +221,20 @@ def decoder_step(
     tokens: Buffer,
     wanted: Buffer,
     scores: Scores,
-    streams_shape: tuple[int, int, int] = (0, 0, 0),
+    streams: Buffer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decodes new tokens, shape = (rows, count), int32, at the end of the state.
 
     wanted : flat numbers (row * count + i) of the tokens whose logits are computed, int32
-    streams_shape : (2 * layers + 1, rows * count, n_state) for the residual stream before and
-        after each cross attention and at the end
+    streams : of the shape (2 * layers + 1, rows * count, n_state), of which only that is read, for
+        the residual stream before and after each cross attention and at the end
 
     Returns logits, shape = (wanted, n_vocab), float32; raw scores, shape = (slots, rows * count,
     padded frames); and the streams: all in fresh memory. The state then ends behind the new tokens.
     """
     operands = _operands(engine, state, tokens, wanted, scores)
-    streams = to_buffer(torch.empty(streams_shape, dtype=torch.float32, device="cpu"))
+    if streams is None:
+        streams = engine.no_streams
     results = engine.execute("decoder_step", *operands, streams, *weights)
     state.length += tokens.shape[1]
     logits, raw_scores, streams = map(to_torch, results)
