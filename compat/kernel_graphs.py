@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from max.dtype import DType
 from max.graph import DeviceRef, Graph, KernelLibrary, Module, TensorType, TensorValue, ops
 
 from whisper_max.graphs.build import vector_width
 from whisper_max.graphs.layers import KERNELS, Layers
+from whisper_max.graphs.pack import pack
 from whisper_max.graphs.specification import Parameter, Storage, inputs, threads_type
 
 CPU = DeviceRef.CPU()
@@ -27,6 +29,8 @@ def build(*, device: str, cpu_level: str, source: str, products: str) -> Graph:
     builder = _Builder(Module(), library, vector_width(cpu_level))
     for way in products.split(","):
         builder.linear(*way.split("*"))
+    for weight in ("float16", "float32", "int8"):
+        builder.pack(weight)
     builder.layer_norm()
     builder.conv_patches("patches_of_mel", channels_first=True, stride=1)
     builder.conv_patches("patches", channels_first=False, stride=2)
@@ -68,6 +72,10 @@ class _Builder:
                 },
             )
             graph.output(result[0].tensor)
+
+    def pack(self, weight: str) -> None:
+        storage = replace(self._storage(), weight=DType[weight])
+        pack(self.module, self.library, storage, CPU, name=f"pack_{weight}")
 
     def layer_norm(self) -> None:
         names, types = zip(*inputs((Parameter("norm", "norm"),), self._storage(), CPU))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernel_graphs
+from packed import ABSENT, panels, stored
 from strategies import numbers, seeds
 from tolerances import PRODUCTS as PROMISED
 from tolerances import assert_precise
 from whisper_max import settings
-from whisper_max.graphs.specification import PANEL
 from whisper_max.runtime import artifacts, compilation, hardware
 from whisper_max.runtime.artifact_key import ArtifactKey
 from whisper_max.runtime.engine import Engine
 from whisper_max.runtime.tensors import int32, to_buffer, to_torch
-from whisper_max.runtime.weights import ABSENT, fill_panels, quantize
 
 # Around the sizes at which the kernels change their ways: few rows or many, one block or several.
 ROWS = st.integers(1, 70) | st.sampled_from([191, 192, 193, 385, 600])
@@ -57,14 +55,6 @@ def engine() -> Engine:
     return Engine(artifacts.read(key, active.cache_dir))
 
 
-def panels(weight):
-    """(out, in) -> (panels, in, 32)."""
-    out, length = weight.shape
-    packed = weight.new_empty((math.ceil(out / PANEL), length, PANEL))
-    fill_panels(packed, weight)
-    return packed
-
-
 def run(engine, graph, *operands):
     buffers = [to_buffer(o) if isinstance(o, torch.Tensor) else o for o in operands]
     return to_torch(engine.execute(graph, *buffers)[0])
@@ -81,11 +71,61 @@ def linear_in(dtype, x, weight, bias, norm, gelu, residual):
 
 
 @given(
+    layers=st.integers(1, 3),
+    parts=st.integers(1, 3),
+    rows=st.integers(1, 100) | st.sampled_from([512, 513]),
+    length=LENGTHS | st.sampled_from([3, 15, 249, 523]),
+    dtype=st.sampled_from([torch.float16, torch.float32, torch.int8]),
+    power=st.sampled_from([-24, -14, 0, 10]),
+    rounded=st.booleans(),
+    seed=seeds,
+)
+def test_pack(engine, layers, parts, rows, length, dtype, power, rounded, seed):
+    """Bit for bit what PyTorch packs; and whether float16 rounded anything on the way."""
+    rows = rows if parts == 1 else 32 * (1 + rows // 32)
+    weights = numbers((layers, parts * rows, length), seed, 2.0**power)
+    if rounded:
+        weights = weights.half().float()
+    weights[0, 0] = 0  # of int8, a row without a scale of its own
+    pairs = [stored(weight, dtype) for weight in weights]
+    expected = torch.stack([panels(held) for held, _ in pairs])
+    factors = torch.stack([factor for _, factor in pairs])
+
+    packed = torch.full_like(expected, 7)
+    scales = torch.zeros_like(factors)
+    inexact = run(
+        engine,
+        f"pack_{str(dtype).removeprefix('torch.')}",
+        packed,
+        scales,
+        torch.tensor([[part.data_ptr() for part in layer.split(rows)] for layer in weights]),
+        torch.tensor([rows], dtype=torch.int32),
+        engine.threads,
+    )
+    assert torch.equal(packed, expected)
+    if dtype is torch.int8:
+        assert torch.equal(scales, factors)
+    lost = (weights.half().float() != weights).any(dim=2).any(dim=0)
+    lost = F.pad(lost, (0, -len(lost) % 32)).view(-1, 32).any(dim=1)
+    assert torch.equal(inexact.bool(), lost & (dtype is torch.float16))
+
+
+def test_pack_rounds_to_the_nearest_and_of_two_to_the_even(engine):
+    weight = torch.randint(-254, 255, (64, 48)) / 2.0
+    weight[:, 0] = 127
+    packed, scales = torch.empty(1, 2, 48, 32, dtype=torch.int8), torch.zeros(1, 64)
+    sources, rows = torch.tensor([[weight.data_ptr()]]), torch.tensor([64], dtype=torch.int32)
+    run(engine, "pack_int8", packed, scales, sources, rows, engine.threads)
+    assert (scales == 1).all()
+    assert torch.equal(packed[0], panels(weight.round().to(torch.int8)))
+
+
+@given(
     batch=st.integers(1, 3),
     rows=ROWS,
     length=LENGTHS | st.sampled_from([3, 15, 249, 523]),
     columns=COLUMNS,
-    stored=st.sampled_from(PRODUCTS),
+    way=st.sampled_from(PRODUCTS),
     norm=st.booleans(),
     gelu=st.booleans(),
     residual=st.booleans(),
@@ -93,23 +133,19 @@ def linear_in(dtype, x, weight, bias, norm, gelu, residual):
     scale=st.sampled_from([1e-2, 1.0, 10.0]),
 )
 def test_linear(
-    engine, batch, rows, length, columns, stored, norm, gelu, residual, seed, scale
+    engine, batch, rows, length, columns, way, norm, gelu, residual, seed, scale
 ):
     x = numbers((batch, rows, length), seed, scale)
     weight = numbers((columns, length), seed + 1, length**-0.5)
     bias, added = numbers((columns,), seed + 2), numbers((rows, columns), seed + 3)
     ln = (1 + 0.2 * numbers((length,), seed + 4), numbers((length,), seed + 5))
-    held, *product = stored
+    held, *product = way
     norm = norm and length % 16 == 0
-    if held == "int8":
-        packed, factors = quantize(weight)
-        weight = packed.float() * factors[:, None]
-    else:
-        packed, factors = weight.to(getattr(torch, held)), ABSENT
-        weight = packed.float()
+    packed, factors = stored(weight, getattr(torch, held))
+    weight = packed.float() * (factors[:, None] if held == "int8" else 1)
     found = run(
         engine,
-        "_".join(("linear", *stored)),
+        "_".join(("linear", *way)),
         x,
         *(ln if norm else (NONE_VECTOR, NONE_VECTOR)),
         panels(packed),

@@ -3,12 +3,59 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 from whisper_max.runtime import memory
+
+
+HUGE, COLLAPSE = mmap.MADV_HUGEPAGE, 25
+PAGE = memory.HUGE_PAGE
+
+
+class Mapped(mmap.mmap):
+    """Notes what is advised, from its first huge page on, and is as slow as it is told to be."""
+
+    knows_collapse = True
+    pauses: ClassVar[list[float]] = []
+    advised: ClassVar[list[tuple[int, ...]]] = []
+
+    def madvise(self, advice, *extent):
+        if advice == COLLAPSE and not Mapped.knows_collapse:
+            raise OSError(22, "Invalid argument")
+        if extent != (0, 0):
+            Mapped.advised.append((advice, *(part // PAGE for part in extent)))
+        super().madvise(advice, *extent)
+
+    def __setitem__(self, place, value):
+        time.sleep(Mapped.pauses.pop(0) if Mapped.pauses else 0)
+        super().__setitem__(place, value)
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """Room of this test's own, whose pages come at once but for the pauses that it asks for."""
+    monkeypatch.setattr(mmap, "mmap", Mapped)
+    monkeypatch.setattr(memory, "huge_pages", memory.HugePages())
+    monkeypatch.setattr(memory, "SLOW", 0.2)
+    monkeypatch.setattr(Mapped, "knows_collapse", True)
+    Mapped.pauses.clear()
+    Mapped.advised.clear()
+    return Mapped
+
+
+def pages_of(advised, advice):
+    return [extent for found, *extent in advised if found == advice]
+
+
+def windows(count):
+    for _ in range(count):
+        memory.huge_pages.count_window()
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1024, 1024)], ids=["small", "large"])
@@ -53,3 +100,62 @@ def test_without_huge_pages_room_is_pytorchs(monkeypatch):
 def test_too_much_is_pytorchs_error():
     with pytest.raises(RuntimeError, match="memory"):
         memory.empty((1 << 50,), torch.int8)
+
+
+def three_pages():
+    return memory.empty((3, PAGE), torch.int8)
+
+
+def test_huge_pages_that_come_quickly_are_taken_at_once(mapped):
+    room = three_pages()
+    first, second, third, whole = pages_of(mapped.advised, HUGE)
+    assert second[0] == first[0] + 1 and third[0] == first[0] + 2 and whole == []
+    windows(2 * memory.PATIENCE)
+    assert not pages_of(mapped.advised, COLLAPSE)
+    del room
+
+
+def test_from_a_slow_huge_page_on_pages_are_small_until_some_windows_were_decoded(mapped):
+    mapped.pauses += [0, 0.25]
+    first = three_pages()
+    assert len(pages_of(mapped.advised, HUGE)) == 2
+    second = three_pages()
+    assert len(pages_of(mapped.advised, HUGE)) == 2
+    first.fill_(1), second.fill_(2)
+    windows(memory.PATIENCE - 1)
+    assert not pages_of(mapped.advised, COLLAPSE)
+    windows(1)
+    joined = pages_of(mapped.advised, COLLAPSE)
+    assert len(joined) == 6 and all(pages == 1 for _, pages in joined)
+    assert bool((first == 1).all()) and bool((second == 2).all())
+    windows(memory.PATIENCE)
+    assert len(pages_of(mapped.advised, COLLAPSE)) == 6
+    third = three_pages()  # and huge ones are tried again
+    assert len(pages_of(mapped.advised, HUGE)) == 2 + 4
+    del third
+
+
+def test_room_that_is_no_longer_needed_is_not_joined(mapped):
+    mapped.pauses += [0.25]
+    first, second = three_pages(), three_pages()
+    del first
+    gc.collect()
+    windows(memory.PATIENCE)
+    assert len(pages_of(mapped.advised, COLLAPSE)) == 3
+    del second
+
+
+def test_pages_that_cannot_be_joined_stay_small(mapped):
+    mapped.pauses += [0.25]
+    room = three_pages().fill_(5)
+    mapped.knows_collapse = False
+    windows(memory.PATIENCE)
+    assert bool((room == 5).all())
+
+
+def test_where_pages_cannot_be_joined_later_they_are_huge_at_once(mapped):
+    mapped.knows_collapse = False
+    mapped.pauses += [0.25]
+    room = three_pages()
+    assert mapped.advised == [(HUGE,)] and mapped.pauses == [0.25]
+    del room

@@ -11,6 +11,7 @@ from .cross_kv import cross_kv
 from .decoder_step import decoder_select, decoder_step
 from .encoder import encoder
 from .layers import KERNELS
+from .pack import pack
 from .specification import Storage
 
 
@@ -40,7 +41,7 @@ def build(
     library = KernelLibrary()
     library.load_paths([KERNELS])
     module = Module()
-    for graph in (encoder, cross_kv, decoder_step, decoder_select):
+    for graph in (pack, encoder, cross_kv, decoder_step, decoder_select):
         last = graph(module, library, storage, DeviceRef.CPU())
     return last
 

@@ -1,6 +1,6 @@
 """Mojo kernels of whisper_max: the operations that decide Whisper's speed on a CPU.
 
-Each file is one idea. `blocks`, `stem` and `select` register the custom ops that
+Each file is one idea. `packing`, `blocks`, `stem` and `select` register the custom ops that
 `whisper_max.graphs` places into MAX graphs; the others are their parts:
 
     gemm         products of a few rows with packed panels, in registers

@@ -15,6 +15,7 @@ from ..graphs.specification import HEAD_DIM
 from ..settings import Settings
 from . import weights
 from .engine import CrossCache, DecoderState, Scores, Selection, decoder_select, decoder_step
+from .memory import huge_pages
 from .model_state import Ready, state_of
 from .tensors import int32, to_buffer
 
@@ -59,6 +60,7 @@ class DecoderSession:
         cross = state.cross.find(self._ready, features)
         if cross is None:
             state.cross.drop()
+            huge_pages.count_window()
             cross = CrossCache(
                 self._ready.engine,
                 self._ready.packed[0],

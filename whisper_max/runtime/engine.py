@@ -40,6 +40,22 @@ class Engine:
         except (RuntimeError, ValueError, MemoryError) as error:
             raise UnsupportedByMax(f"MAX failed in {graph}: {error}") from error
 
+    def pack(self, packed: Tensor, scales: Tensor, matrices: Sequence[Sequence[Tensor]]) -> bool:
+        """Writes each layer's matrices, one below the other, into packed weights.
+
+        packed : shape = (layers, panels, in, 32)
+        scales : shape = (layers, out), float32, filled where the weights are int8
+        matrices : for each layer as many, each of shape = (rows, in), float32 and contiguous;
+            of several, rows is a multiple of 32
+
+        Returns whether the packed weights hold what the matrices do, or are int8.
+        """
+        addresses = [[matrix.data_ptr() for matrix in layer] for layer in matrices]
+        sources = Buffer.from_numpy(np.array(addresses, np.int64))
+        rows = int32([len(matrices[0][0])])
+        operands = to_buffer(packed), to_buffer(scales), sources, rows, self.threads
+        return not self.execute("pack", *operands)[0].to_numpy().any()
+
     def encode(self, weights: list[Buffer], mel: Tensor) -> Tensor:
         """mel, shape = (batch, n_mels, 2 * n_audio_ctx), -> (batch, n_audio_ctx, n_state)."""
         return to_torch(self.execute("encoder", to_buffer(mel), self.threads, *weights)[0])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import time
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -13,23 +15,96 @@ LARGE = 4 << 20
 """Bytes; below, a share of a huge page would be wasted."""
 HUGE_PAGE = 2 << 20
 """Bytes, on x86-64 and mostly on aarch64."""
+SLOW = 0.002
+"""Seconds to get a huge page. Clearing it takes a tenth of that, its 512 small pages one half."""
+PATIENCE = 3
+"""Windows. Upstream decodes two different ones of a short recording: one to detect its language."""
+
+_MADV_COLLAPSE = 25  # Linux 6.1; a name in `mmap` from Python 3.13
+
+
+class HugePages:
+    """Huge pages at once where they come quickly, and later where they do not.
+
+    A decoding step reads each page of the weights once, and the translation of a small page costs
+    as much as its transfer: with huge pages a step takes 10 to 20% less. But a huge page may take
+    milliseconds to come: the system moves others out of the way, or the host of a virtual machine
+    has to find the memory first, having taken back what was free. A program of one window would
+    wait longer for its huge pages than they save. So, from the first slow one on, room consists of
+    small pages, and is moved into huge ones when some windows have shown that there are more.
+    """
+
+    def __init__(self) -> None:
+        self._small: list[tuple[weakref.ref[mmap.mmap], range]] = []
+        self._windows: int | None = None  # since the first slow page
+
+    def room(self, size: int) -> Tensor:
+        """Uninitialized bytes, shape = (size,). Raises OSError where the system gives none."""
+        # It lives as long as a tensor in it.
+        room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        whole = torch.frombuffer(room, dtype=torch.uint8)
+        begin = -whole.data_ptr() % HUGE_PAGE
+        pages = range(begin, begin + size, HUGE_PAGE)
+        if not _can_join(room):
+            room.madvise(mmap.MADV_HUGEPAGE)
+        elif self._windows is not None or not _come_quickly(room, pages):
+            self._windows = self._windows or 0
+            self._small.append((weakref.ref(room), pages))
+        return whole[begin : begin + size]
+
+    def count_window(self) -> None:
+        """Another window is about to be decoded. The last that patience lasts for joins pages."""
+        if self._windows is None:
+            return
+        self._windows += 1
+        if self._windows < PATIENCE:
+            return
+        self._windows, small, self._small = None, self._small, []
+        for reference, pages in small:
+            room = reference()
+            if room is not None:
+                _join(room, pages)
+
+
+def _can_join(room: mmap.mmap) -> bool:
+    try:
+        room.madvise(_MADV_COLLAPSE, 0, 0)  # of nothing
+    except OSError:
+        return False
+    return True
+
+
+def _come_quickly(room: mmap.mmap, pages: range) -> bool:
+    """Takes huge pages, one by one, up to the first that is slow to come."""
+    for page in pages:
+        room.madvise(mmap.MADV_HUGEPAGE, page, HUGE_PAGE)
+        begin = time.perf_counter()
+        room[page] = 0
+        if time.perf_counter() - begin > SLOW:
+            return False
+    room.madvise(mmap.MADV_HUGEPAGE)
+    return True
+
+
+def _join(room: mmap.mmap, pages: range) -> None:
+    """Moves small pages into huge ones, where the system can. Who reads them does not notice."""
+    for page in pages:
+        try:
+            room.madvise(_MADV_COLLAPSE, page, HUGE_PAGE)
+        except OSError:
+            continue
+
+
+huge_pages = HugePages()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialized tensor on the CPU, in huge pages if it is large and the system grants them.
-
-    A decoding step reads each page of the weights once, and the translation of a small page costs
-    as much as its transfer: with huge pages a step takes 10 to 20% less.
-    """
+    """An uninitialized tensor on the CPU, in `huge_pages` if it is large and there are any."""
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device="cpu")
     try:
-        # It lives as long as a tensor in it.
-        room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        room.madvise(mmap.MADV_HUGEPAGE)
+        room = huge_pages.room(size)
     except OSError:  # no more memory, or a kernel without huge pages: PyTorch's way, and its error
         return torch.empty(shape, dtype=dtype, device="cpu")
-    whole = torch.frombuffer(room, dtype=torch.uint8)
-    begin = -whole.data_ptr() % HUGE_PAGE
-    return whole[begin : begin + size].view(dtype).view(*shape)
+    return room.view(dtype).view(*shape)

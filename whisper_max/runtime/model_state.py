@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import on_one_thread
-from ..conditions import float16_reasons, parameter_reasons, value_reasons
+from ..conditions import UnsupportedByMax, float16_reasons, parameter_reasons, value_reasons
 from ..dispatch import refuse
 from ..settings import Settings
 from . import loading, weights
@@ -129,8 +130,8 @@ class ModelState:
         self.spare = Spare()
         self._guard = threading.Lock()
         self._watch = Watch()
-        self._arithmetic: Arithmetic | None = None
         self._precision = ""
+        self._exact: bool | None = None  # whether float16 holds every weight; None: not known yet
         self._reasons: list[str] = []
         self._ready: Ready | None = None
 
@@ -145,34 +146,61 @@ class ModelState:
             if settings.precision != self._precision or not self._watch.unchanged(tensors):
                 self._look_at(tensors, settings.precision)
             refuse(self._reasons)
-            engine = loading.engine(self._arithmetic, settings)
+            if self._exact is None:
+                self._exact = self._pack_exactly(tensors, settings)
+            arithmetic = arithmetic_of(settings.precision, self._exact)
+            engine = loading.engine(arithmetic, settings)
             if self._ready is None or self._ready.engine is not engine:
-                self._ready = self._pack(tensors, engine)
+                self._ready = self._pack(tensors, engine, arithmetic)
             return self._ready
 
     def _look_at(self, tensors: Mapping[str, Tensor], precision: str) -> None:
-        """Notes the parameters as they are, and how they are to be held."""
-        self._ready, self._arithmetic, self._precision = None, None, ""
+        """Notes the parameters as they are, and what is against them."""
+        self._ready, self._precision = None, ""
         self._watch.forget()
         self.features.drop()
         self.cross.drop()
         refuse(parameter_reasons(tensors.values(), torch.device("cpu")))
-        matrices = list(weights.matrices(tensors))
-        exact = precision in ("medium", "int8") or weights.exact_in_float16(matrices)
-        self._arithmetic = arithmetic_of(precision, exact)
+        # These two round where they must.
+        self._exact = True if precision in ("medium", "int8") else None
         self._reasons = value_reasons(tensors)
         if precision == "medium":
-            self._reasons += float16_reasons(matrices)
+            self._reasons += float16_reasons(list(weights.matrices(tensors)))
         self._watch.note(tensors)
         self._precision = precision
 
-    def _pack(self, tensors: Mapping[str, Tensor], engine: Engine) -> Ready:
-        storage = getattr(torch, self._arithmetic.weight)
-        cross = getattr(torch, self._arithmetic.cross)
+    def _pack_exactly(self, tensors: Mapping[str, Tensor], settings: Settings) -> bool:
+        """Whether float16 holds every weight, as it does for the official checkpoints.
+
+        They are packed in the belief that it does, which packing shows. Only where there is no
+        engine for that are they looked at first: the answer decides which one is compiled.
+        """
+        arithmetic = arithmetic_of(settings.precision, True)
+        try:
+            engine = loading.engine(arithmetic, replace(settings, compile="cached"))
+        except UnsupportedByMax:
+            return weights.exact_in_float16(weights.matrices(tensors))
+        try:
+            self._ready = self._pack(tensors, engine, arithmetic, exact=True)
+        except weights.Inexact:
+            return False
+        return True
+
+    def _pack(
+        self,
+        tensors: Mapping[str, Tensor],
+        engine: Engine,
+        arithmetic: Arithmetic,
+        *,
+        exact: bool = False,
+    ) -> Ready:
+        storage = getattr(torch, arithmetic.weight)
+        cross = getattr(torch, arithmetic.cross)
+        how = {"storage": storage, "engine": engine, "exact": exact}
         with torch.no_grad():
             if self.kind == "encoder":
-                return Ready(engine, (weights.pack_encoder(tensors, storage),), cross, (0.0, 0.0))
-            packed = weights.pack_cross_kv(tensors, storage), weights.pack_decoder(tensors, storage)
+                return Ready(engine, (weights.pack_encoder(tensors, **how),), cross, (0.0, 0.0))
+            packed = weights.pack_cross_kv(tensors, **how), weights.pack_decoder(tensors, **how)
             reach = weights.reach(tensors) if cross is torch.float16 else (0.0, 0.0)
             return Ready(engine, packed, cross, reach)
 

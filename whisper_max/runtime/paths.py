@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import on_one_thread
 from ..settings import Settings
+from . import load_max  # noqa: F401 - before the others, which import MAX, too
 from .decoder_session import DecoderSession
 from .model_state import state_of
 

@@ -40,8 +40,9 @@ def check_tiles(path: Path, options: Mapping) -> None:
         raise ArtifactRefused("its tile kernels cannot be checked: Linux grants no tile registers")
     state = _random_state()
     mel = torch.randn(1, N_MELS, 2 * FRAMES, generator=torch.Generator().manual_seed(2))
-    weights = pack_encoder(state, getattr(torch, options["weight"]))
-    found = Engine(engine.read(path)).encode(weights, mel)
+    graphs = Engine(engine.read(path))
+    weights = pack_encoder(state, getattr(torch, options["weight"]), graphs)
+    found = graphs.encode(weights, mel)
     exact = _encode({name: tensor.double() for name, tensor in state.items()}, mel.double())
     error = ((found - exact).abs().max() / exact.abs().max()).item()
     limit = LIMITS[options["product"]]

@@ -17,16 +17,14 @@ from torch import Tensor
 from .. import on_one_thread
 from ..graphs.specification import CROSS_KV, DECODER, ENCODER, PANEL, Parameter
 from . import memory
+from .engine import Engine
 from .tensors import to_buffer
 
 State = Mapping[str, Tensor]
 
-ABSENT = torch.zeros(1, dtype=torch.float32, device="cpu")
-"""The scale of weights that have none."""
-
 FLOAT16_MAX = 65504.0
 _AT_ONCE = 1 << 17
-"""Numbers that are looked at or packed together: what is made of them stays in cache."""
+"""Numbers that are looked at together: what is made of them stays in cache."""
 
 # A fused projection and the upstream layers that it is made of.
 _FUSED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
@@ -58,22 +56,32 @@ def matrices(state: State) -> Iterable[Tensor]:
     return (tensor for name, tensor in state.items() if tensor.ndim >= 2 and name not in others)
 
 
-def pack_encoder(state: State, storage: torch.dtype) -> list[Buffer]:
-    """The inputs `specification.ENCODER` of an AudioEncoder's state_dict, in order."""
-    state = {f"encoder.{name}": tensor for name, tensor in state.items()}
-    return [buffer for parameter in ENCODER for buffer in _pack(parameter, state, storage)]
+class Inexact(Exception):
+    """float16 would round a weight that must not be rounded."""
 
 
-def pack_cross_kv(state: State, storage: torch.dtype) -> list[Buffer]:
-    """The inputs `specification.CROSS_KV` of a TextDecoder's state_dict, in order."""
-    state = {f"decoder.{name}": tensor for name, tensor in state.items()}
-    return [buffer for parameter in CROSS_KV for buffer in _pack(parameter, state, storage)]
+def pack_encoder(
+    state: State, storage: torch.dtype, engine: Engine, *, exact: bool = False
+) -> list[Buffer]:
+    """The inputs `specification.ENCODER` of an AudioEncoder's state_dict, in order.
+
+    exact : raise Inexact where float16 would round a weight
+    """
+    return _pack_all(ENCODER, "encoder", state, storage, engine, exact)
 
 
-def pack_decoder(state: State, storage: torch.dtype) -> list[Buffer]:
-    """The inputs `specification.DECODER` of a TextDecoder's state_dict, in order."""
-    state = {f"decoder.{name}": tensor for name, tensor in state.items()}
-    return [buffer for parameter in DECODER for buffer in _pack(parameter, state, storage)]
+def pack_cross_kv(
+    state: State, storage: torch.dtype, engine: Engine, *, exact: bool = False
+) -> list[Buffer]:
+    """The inputs `specification.CROSS_KV` of a TextDecoder's state_dict; see `pack_encoder`."""
+    return _pack_all(CROSS_KV, "decoder", state, storage, engine, exact)
+
+
+def pack_decoder(
+    state: State, storage: torch.dtype, engine: Engine, *, exact: bool = False
+) -> list[Buffer]:
+    """The inputs `specification.DECODER` of a TextDecoder's state_dict; see `pack_encoder`."""
+    return _pack_all(DECODER, "decoder", state, storage, engine, exact)
 
 
 def reach(state: State) -> tuple[float, float]:
@@ -84,9 +92,10 @@ def reach(state: State) -> tuple[float, float]:
     lengths, biases = [], []
     for name in state:
         if name.endswith(".cross_attn.key.weight"):
-            weight, bias = _linear(name.replace(".key.weight", ".kv"), state)
-            lengths.append(weight.norm(dim=1).max().item())
-            biases.append(bias.abs().max().item())
+            for part in _parts(name.replace(".key.weight", ".kv")):
+                weight, bias = _linear(part, state)
+                lengths.append(weight.norm(dim=1).max().item())
+                biases.append(bias.abs().max().item())
     return max(lengths), max(biases)
 
 
@@ -100,24 +109,33 @@ def may_overflow(reach: tuple[float, float], features: Tensor) -> bool:
     return longest * on_one_thread.longest_row(features) + bias > 0.98 * FLOAT16_MAX
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one scale per output channel: (out, in) -> int8 (out, in), (out,)."""
-    scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return torch.round(weight / scale[:, None]).to(torch.int8), scale
+def _pack_all(
+    parameters: Iterable[Parameter],
+    component: str,
+    state: State,
+    storage: torch.dtype,
+    engine: Engine,
+    exact: bool,
+) -> list[Buffer]:
+    state = {f"{component}.{name}": tensor for name, tensor in state.items()}
+    buffers = []
+    for parameter in parameters:
+        if parameter.kind == "table":
+            buffers.append(to_buffer(state[parameter.name].float()))
+            continue
+        names = [parameter.name]
+        if parameter.stacked:
+            stem, _, name = parameter.name.partition(".blocks.")
+            names = [f"{stem}.blocks.{i}.{name}" for i in range(_count_blocks(stem, state))]
+        if parameter.kind == "norm":
+            parts = _norms(names, state)
+        else:
+            parts = _linears(names, state, storage, engine, exact)
+        buffers += [to_buffer(part if parameter.stacked else part[0]) for part in parts]
+    return buffers
 
 
-def _pack(parameter: Parameter, state: State, storage: torch.dtype) -> list[Buffer]:
-    if parameter.kind == "table":
-        return [to_buffer(state[parameter.name].float())]
-    names = [parameter.name]
-    if parameter.stacked:
-        stem, _, name = parameter.name.partition(".blocks.")
-        names = [f"{stem}.blocks.{i}.{name}" for i in range(_count_blocks(stem, state))]
-    parts = (_norms if parameter.kind == "norm" else _linears)(names, state, storage)
-    return [to_buffer(part if parameter.stacked else part[0]) for part in parts]
-
-
-def _norms(names: list[str], state: State, storage: torch.dtype) -> list[Tensor]:
+def _norms(names: list[str], state: State) -> list[Tensor]:
     """Weights and biases, shape = (layers, n_state)."""
     return [
         torch.stack([state[f"{name}.{part}"].float() for name in names])
@@ -125,49 +143,35 @@ def _norms(names: list[str], state: State, storage: torch.dtype) -> list[Tensor]
     ]
 
 
-def _linears(names: list[str], state: State, storage: torch.dtype) -> list[Tensor]:
+def _linears(
+    names: list[str], state: State, storage: torch.dtype, engine: Engine, exact: bool
+) -> list[Tensor]:
     """Packed weights, (layers, panels, in, 32); scales, (layers, out) or none; biases."""
-    biases: list[Tensor] = []
-    for i, name in enumerate(names):
-        weight, bias = _linear(name, state)
-        out, length = weight.shape
-        if not biases:
-            packed = memory.empty((len(names), -(-out // PANEL), length, PANEL), storage)
-            scales = weight.new_empty((len(names), out if storage is torch.int8 else 1))
-        biases.append(bias)
-        rows = PANEL * max(1, _AT_ONCE // (PANEL * length))
-        for begin in range(0, out, rows):  # without a second copy of all, a little at a time
-            part = weight[begin : begin + rows]
-            if storage is torch.int8:
-                part, scales[i, begin : begin + rows] = quantize(part)
-            fill_panels(packed[i, begin // PANEL : (begin + rows) // PANEL], part)
-    if storage is not torch.int8:
-        scales[:] = ABSENT
-    return [packed, scales, torch.stack(biases)]
+    layers = [[_linear(part, state) for part in _parts(name)] for name in names]
+    biases = torch.stack([torch.cat([bias for _, bias in layer]) for layer in layers])
+    matrices = [[weight for weight, _ in layer] for layer in layers]
+    out, length = biases.shape[1], matrices[0][0].shape[1]
+    packed = memory.empty((len(names), -(-out // PANEL), length, PANEL), storage)
+    scales = torch.zeros((len(names), out if storage is torch.int8 else 1), device="cpu")
+    if not engine.pack(packed, scales, matrices) and exact:
+        raise Inexact
+    return [packed, scales, biases]
 
 
-def fill_panels(packed: Tensor, weight: Tensor) -> None:
-    """Writes (out, in) into (panels, in, 32)."""
-    out, length = weight.shape
-    weight = weight.to(packed.dtype)  # while a row's numbers still lie together: half the time
-    whole, rest = divmod(out, PANEL)
-    packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, length).transpose(1, 2)
-    if rest:
-        packed[whole, :, :rest] = weight[whole * PANEL :].T
-        packed[whole, :, rest:] = 0
+def _parts(name: str) -> list[str]:
+    """The layers of upstream that make up one of ours. Each of several fills whole panels."""
+    stem, _, last = name.rpartition(".")
+    return [f"{stem}.{part}" for part in _FUSED[last]] if last in _FUSED else [name]
 
 
 def _linear(name: str, state: State) -> tuple[Tensor, Tensor]:
-    """Weight (out, in) and bias (out,) of a layer in float32; a bias that is not there is zero."""
-    stem, _, last = name.rpartition(".")
-    if last in _FUSED:
-        pairs = [_linear(f"{stem}.{part}", state) for part in _FUSED[last]]
-        return torch.cat([w for w, _ in pairs]), torch.cat([b for _, b in pairs])
-    weight = state[f"{name}.weight"].detach().float()
+    """Weight (out, in), contiguous, and bias (out,), float32; a bias that is not there is zero."""
+    weight = state[f"{name}.weight"].detach().float().resolve_neg()
     if weight.ndim == 3:  # a convolution, (out, in, 3): the kernels' patches hold tap by tap
         weight = weight.transpose(1, 2).flatten(1)
     bias = state.get(f"{name}.bias")
-    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
+    return weight.contiguous(), bias
 
 
 def _count_blocks(stem: str, state: State) -> int:
