@@ -32,7 +32,7 @@ SCALING_SCENARIOS = ("encoder", "step", "window")
 SCALING_PEERS = (BASELINE, "whisper_max-high", "faster-whisper-fp32")
 SCALING_ROUNDS = 5
 
-START_ROUNDS = 2
+START_ROUNDS = 5
 FIRST_RUN_TRANSCRIPTIONS = 60
 QUICK_TRANSCRIPTIONS = 5
 QUICK_RECORDINGS = ["en01", "silence01"]

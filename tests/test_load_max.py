@@ -1,0 +1,46 @@
+"""The garbage collector, while MAX is imported and afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("max.engine")
+
+PROGRAM = """
+import gc, json
+objects = [[] for _ in range(50_000)]
+gc.collect()
+{before}
+passes = gc.get_stats()[2]["collections"]
+import {imported}
+more = [[] for _ in range(20_000)]
+passes = gc.get_stats()[2]["collections"] - passes
+print(json.dumps([passes, gc.isenabled(), gc.get_freeze_count()]))
+"""
+
+
+def after(imported, before=""):
+    """Full passes of the collector, whether it is enabled, and what it leaves out for good."""
+    program = PROGRAM.format(before=before, imported=imported)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_nothing_is_collected_while_max_is_imported():
+    assert after("max.driver, max.engine")[0] > 0  # what this is about
+    assert after("whisper_max.runtime.load_max") == [0, True, 0]
+
+
+def test_a_collector_that_is_switched_off_stays_so():
+    assert after("whisper_max.runtime.load_max", "gc.disable()") == [0, False, 0]
+
+
+def test_what_others_keep_from_the_collector_stays_kept():
+    passes, enabled, frozen = after("whisper_max.runtime.load_max", "gc.freeze()")
+    assert enabled and frozen > 50_000
