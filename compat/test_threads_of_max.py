@@ -22,13 +22,17 @@ import whisper_max
 def threads():
     return {task.name for task in Path("/proc/self/task").iterdir()}
 
-whisper_max.patch(mode="strict", compile="blocking")
-encoder = load_checkpoint().encoder
+model = load_checkpoint()
+encoder = model.encoder
 mel = torch.zeros(1, encoder.conv1.weight.shape[1], 2 * len(encoder.positional_embedding))
+whisper_max.patch(mode="strict", compile="blocking")
+whisper_max.accelerate(model)
 from whisper_max import settings
-from whisper_max.runtime import model_state
+from whisper_max.runtime import loading, storage
 with torch.no_grad():
-    model_state.state_of(encoder, "encoder").ready(encoder, settings.active())
+    with whisper_max.disabled():
+        encoder(mel)  # PyTorch's threads
+    loading.engine(storage.arithmetic_of("high", exact=True), settings.active())
     before = threads()
     encoder(mel)
 started = threads() - before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..peers import BASELINE, PEER
-from ..results import FirstRun, Results
+from ..results import FirstRun, Results, Start
 from ..samples import summarize
 from ..scenarios import SCENARIO
 from .markdown import NONE, duration, percent, significant, table, times
@@ -18,17 +18,22 @@ def starts_table(results: Results) -> list[str]:
         if not one.ready:
             rows.append([label, one.missing.partition(":")[0], *[NONE] * 5])
             continue
-        ready, first, second = (
-            summarize(values).median for values in (one.ready, one.first, one.second)
+        ready, first, over, peak = (
+            summarize(values).median
+            for values in (one.ready, one.first, _differences(one), one.peak_mib)
         )
-        peak = summarize(one.peak_mib).median
-        row = [label, duration(ready), duration(first), duration(first - second)]
+        row = [label, duration(ready), duration(first), duration(over)]
         row += [significant(summarize(one.loaded_mib).median), significant(peak)]
         baseline = plain.get(one.model)
         row.append(times(peak / summarize(baseline.peak_mib).median) if baseline else NONE)
         rows.append(row)
     header = ["", "until loaded", "first window", "over the second", "MiB loaded", "MiB at most"]
     return table([*header, "of openai-whisper's"], rows)
+
+
+def _differences(start: Start) -> list[float]:
+    """How much longer the first window took than the second, in each process."""
+    return [first - second for first, second in zip(start.first, start.second)]
 
 
 def compile_table(results: Results) -> list[str]:
