@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import mmap
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -133,6 +135,32 @@ def test_from_a_slow_huge_page_on_pages_are_small_until_some_windows_were_decode
     third = three_pages()  # and huge ones are tried again
     assert len(pages_of(mapped.advised, HUGE)) == 2 + 4
     del third
+
+
+def test_windows_of_several_threads_join_pages_once(mapped):
+    mapped.pauses += [0.25]
+    room = three_pages()
+    barrier, done = threading.Barrier(8), []
+
+    def decode():
+        barrier.wait()
+        windows(200)
+        done.append(1)
+
+    threads = [threading.Thread(target=decode) for _ in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with pytest.MonkeyPatch.context() as patience:
+            patience.setattr(memory, "PATIENCE", 1000)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(done) == 8 and len(pages_of(mapped.advised, COLLAPSE)) == 3
+    del room
 
 
 def test_room_that_is_no_longer_needed_is_not_joined(mapped):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ class HugePages:
     """
 
     def __init__(self) -> None:
+        self._guard = threading.Lock()
         self._small: list[tuple[weakref.ref[mmap.mmap], range]] = []
         self._windows: int | None = None  # since the first slow page
 
@@ -47,19 +49,22 @@ class HugePages:
         pages = range(begin, begin + size, HUGE_PAGE)
         if not _can_join(room):
             room.madvise(mmap.MADV_HUGEPAGE)
-        elif self._windows is not None or not _come_quickly(room, pages):
-            self._windows = self._windows or 0
-            self._small.append((weakref.ref(room), pages))
+            return whole[begin : begin + size]
+        with self._guard:
+            if self._windows is not None or not _come_quickly(room, pages):
+                self._windows = self._windows or 0
+                self._small.append((weakref.ref(room), pages))
         return whole[begin : begin + size]
 
     def count_window(self) -> None:
         """Another window is about to be decoded. The last that patience lasts for joins pages."""
-        if self._windows is None:
-            return
-        self._windows += 1
-        if self._windows < PATIENCE:
-            return
-        self._windows, small, self._small = None, self._small, []
+        with self._guard:
+            if self._windows is None:
+                return
+            self._windows += 1
+            if self._windows < PATIENCE:
+                return
+            self._windows, small, self._small = None, self._small, []
         for reference, pages in small:
             room = reference()
             if room is not None:
