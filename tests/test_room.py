@@ -75,6 +75,7 @@ def test_large_rooms_begin_with_a_huge_page_and_end_with_their_last_tensor():
         size = next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmSize" in x)
         return int(size.split()[1])
 
+    gc.collect()  # what other tests left
     before = mapped()
     room = memory.empty((64, 1024, 1024), torch.float32)
     assert room.data_ptr() % memory.HUGE_PAGE == 0
