@@ -158,6 +158,15 @@ def test_importing_the_package_imports_neither_torch_nor_whisper_nor_max(use):
     assert run(code) == ""
 
 
+def test_what_is_dropped_before_anything_ran_on_max_does_not_import_it():
+    code = (
+        "import sys, whisper, whisper_max; from whisper_max import demo; whisper_max.patch(); "
+        "model = whisper.load_model(str(demo.CHECKPOINT), device='cpu'); "
+        "whisper_max.refresh(model); print(type(model.encoder).__name__, 'max' in sys.modules)"
+    )
+    assert run(code) == "MaxAudioEncoder False"
+
+
 def test_importing_the_package_is_quick():
     code = (
         "from time import perf_counter; start = perf_counter(); import whisper_max; "

@@ -49,12 +49,6 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
             tensors_differ,
         )
 
-    def drop_max_state(self) -> None:
-        """Frees packed weights and remembered results."""
-        from .runtime import model_state
-
-        model_state.drop(self)
-
     def _on_max(self, mel: Tensor, hooks: listeners.Pass) -> Tensor:
         from .runtime import paths
 

@@ -1,8 +1,9 @@
-"""What both replaced modules share: copies and pickles that do not need whisper_max."""
+"""What both replaced modules share: copies, pickles without whisper_max, and what MAX keeps."""
 
 from __future__ import annotations
 
 import copy
+import sys
 
 from torch import nn
 
@@ -30,6 +31,12 @@ class SwappedModule(nn.Module):
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return self._on_the_same_path(twin)
+
+    def drop_max_state(self) -> None:
+        """Frees packed weights and remembered results, if there are any."""
+        model_state = sys.modules.get(f"{__package__}.runtime.model_state")
+        if model_state is not None:  # otherwise nothing has run on MAX, nor need it be imported
+            model_state.drop(self)
 
     def _on_the_same_path(self, twin: SwappedModule) -> SwappedModule:
         """A copy of a module that was taken up is taken up as well, and given back with it."""

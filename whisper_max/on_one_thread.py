@@ -113,9 +113,11 @@ def copy(tensor: Tensor) -> Tensor:
 
 def equal(one: Tensor, other: Tensor) -> bool:
     """`torch.equal`; on the CPU NumPy's, which is five times as fast on one thread."""
-    if one.device.type == other.device.type == "cpu":
-        return np.array_equal(*(tensor.detach().resolve_neg().numpy() for tensor in (one, other)))
-    return torch.equal(one, other)
+    if not one.device.type == other.device.type == "cpu":
+        return torch.equal(one, other)
+    arrays = [tensor.detach().resolve_neg().numpy() for tensor in (one, other)]
+    # What differs does so near the beginning mostly, and to look through all takes time.
+    return np.array_equal(*(array.flat[:1000] for array in arrays)) and np.array_equal(*arrays)
 
 
 def longest_row(tensor: Tensor) -> float:

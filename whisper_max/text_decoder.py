@@ -52,12 +52,6 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
             tensors_differ,
         )
 
-    def drop_max_state(self) -> None:
-        """Frees packed weights and remembered results."""
-        from .runtime import model_state
-
-        model_state.drop(self)
-
     def _on_max(
         self, tokens: Tensor, features: Tensor, kv_cache: dict | None, hooks: listeners.Pass
     ) -> Tensor:

@@ -44,7 +44,6 @@ def pack(
             device,
             [packed.buffer, scales.buffer, *(other.tensor for other in others)],
             [TensorType(DType.int32, ("panels",), device)],
-            parameters={"width": storage.width},
         )
         graph.output(inexact.tensor)
     return graph

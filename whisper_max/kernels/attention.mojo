@@ -12,6 +12,7 @@ from std.memory import bitcast, unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 
 from .gemm import AHEAD, F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
+from .packing import LINES, store_turned
 from .products import (
     BF16, PAIRS_STEP, WORDS, Words, accumulate_pairs, store_bfloat16, store_pairs, words_of
 )
@@ -50,19 +51,16 @@ def pack_keys[
     comptime if tiles or type == BF16:
         pack_key_pairs[parts_of[type, tiles]()](source, row_stride, frames, words_of(to))
         return
-    for frame in range(padded(frames)):
-        # Lines of the panel, not frames, are jumped between: those at a distance of a power of two
-        # would push each other out of the cache.
-        var lane = to.unsafe_offset((frame // PANEL) * HEAD_DIM * PANEL + frame % PANEL)
-        if frame < frames:
-            var key = source.unsafe_offset(frame * row_stride)
-            for d in range(HEAD_DIM):
-                lane.unsafe_offset(d * PANEL).unsafe_store(
-                    key.unsafe_offset(d).unsafe_load().cast[type]()
+    for first in range(0, frames, PANEL):
+        for d in range(0, HEAD_DIM, LINES):
+            var block = Array[SIMD[type, LINES], PANEL](fill=0)
+            for i in range(min(PANEL, frames - first)):
+                block[i] = (
+                    source.unsafe_offset((first + i) * row_stride + d)
+                    .unsafe_load[width=LINES]()
+                    .cast[type]()
                 )
-        else:
-            for d in range(HEAD_DIM):
-                lane.unsafe_offset(d * PANEL).unsafe_store(Scalar[type](0))
+            store_turned(block, to.unsafe_offset(first * HEAD_DIM + d * PANEL))
 
 
 def pack_key_pairs[
@@ -70,24 +68,28 @@ def pack_key_pairs[
 ](source: Floats, row_stride: Int, frames: Int, to: Words):
     """Packs keys as pairs: two neighbours of a key are one word, and frames lie side by side."""
     comptime pairs = parts * HEAD_DIM // 2
-    var key = unsafe_stack_allocation[parts * HEAD_DIM, Scalar[BF16], alignment=64]()
-    for frame in range(padded(frames)):
-        var line = to.unsafe_offset((frame // PANEL) * pairs * PANEL + frame % PANEL)
-        if frame < frames:
-            store_bfloat16[parts](source.unsafe_offset(frame * row_stride), raw(key), HEAD_DIM)
-        var words = words_of(raw(key))
-        for pair in range(pairs):
-            var word = words.unsafe_offset(pair).unsafe_load() if frame < frames else 0
-            line.unsafe_offset(pair * PANEL).unsafe_store(word)
+    var keys = unsafe_stack_allocation[PANEL * 2 * pairs, Scalar[BF16], alignment=64]()
+    var words = words_of(raw(keys))
+    for first in range(0, frames, PANEL):
+        for i in range(min(PANEL, frames - first)):
+            store_bfloat16[parts](
+                source.unsafe_offset((first + i) * row_stride),
+                raw(keys).unsafe_offset(i * 2 * pairs),
+                HEAD_DIM,
+            )
+        for pair in range(0, pairs, LINES):
+            var block = Array[SIMD[DType.uint32, LINES], PANEL](fill=0)
+            for i in range(min(PANEL, frames - first)):
+                block[i] = words.unsafe_offset(i * pairs + pair).unsafe_load[width=LINES]()
+            store_turned(block, to.unsafe_offset(first * pairs + pair * PANEL))
 
 
 def pack_value_pairs[
     parts: Int
-](source: Floats, row_stride: Int, frames: Int, to: Packed[BF16]):
+](source: Floats, row_stride: Int, frames: Int, to: Packed[BF16], length: Int):
     """Packs values as pairs of frames."""
-    var length = padded(frames)
     for half in range(HEAD_DIM // PANEL):
-        for frame in range(0, length, 2):
+        for frame in range(0, padded(frames), 2):
             var first = SIMD[F32, PANEL](0)
             var second = SIMD[F32, PANEL](0)
             var at = source.unsafe_offset(frame * row_stride + half * PANEL)
@@ -102,16 +104,15 @@ def pack_value_pairs[
 
 def pack_values[
     type: DType, //, width: Int, tiles: Bool
-](source: Floats, row_stride: Int, frames: Int, to: Packed[type]):
-    """Packs the values of one head."""
-    var length = padded(frames)
+](source: Floats, row_stride: Int, frames: Int, to: Packed[type], length: Int):
+    """Packs the values of one head, or of a run of its frames, of which panels hold `length`."""
     comptime if tiles or type == BF16:
         pack_value_pairs[parts_of[type, tiles]()](
-            source, row_stride, frames, Packed[BF16](unsafe_from_address=Int(to))
+            source, row_stride, frames, Packed[BF16](unsafe_from_address=Int(to)), length
         )
         return
     for half in range(HEAD_DIM // PANEL):
-        for frame in range(length):
+        for frame in range(padded(frames)):
             var line = to.unsafe_offset((half * length + frame) * PANEL)
             comptime for lane in range(0, PANEL, width):
                 var x = SIMD[F32, width](0)

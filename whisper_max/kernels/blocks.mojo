@@ -15,12 +15,15 @@ from std.memory.alloc import unsafe_alloc
 from .attention import (
     HEAD_DIM, Attention, SelfAttention, head_size, pack_keys, pack_values, padded
 )
-from .gemm import F32, Floats, Packed, copy, raw
+from .gemm import F32, PANEL, Floats, Packed, copy, raw
 from .phases import Phases, team_size
-from .projection import Norm, Projection, project
+from .projection import BLOCK_ROWS, Norm, Projection, project
 
 comptime QUERY_ROWS = 192
 """Queries of one head that one worker attends with at a time."""
+comptime CROSS_HEADS = 8
+"""Heads whose keys or values of cross attention a worker computes at a time, of as many frames as
+stay in the second-level cache until they are packed."""
 
 
 @always_inline
@@ -137,7 +140,7 @@ struct EncoderBlocks:
             var at = chunk * head_size(frames)
             pack_keys[tiles](qkv.unsafe_offset(n), 3 * n, frames, keys.unsafe_offset(at))
             pack_values[width, tiles](
-                qkv.unsafe_offset(2 * n), 3 * n, frames, values.unsafe_offset(at)
+                qkv.unsafe_offset(2 * n), 3 * n, frames, values.unsafe_offset(at), padded(frames)
             )
 
         @always_inline
@@ -425,46 +428,71 @@ struct CrossKV:
         var heads = n // HEAD_DIM
         var layers = kv_bias.dim_size(0)
         var elements = keys.dim_size(3)
-        var rows = windows * frames
         var team = team_size(threads)
         var x = raw(features.unsafe_ptr())
         var to_keys = raw(keys.unsafe_ptr())
         var to_values = raw(values.unsafe_ptr())
-        var projected = unsafe_alloc[Float32](rows * 2 * n)
-        var phases = Phases(2 * layers)
+        var row_blocks = ceildiv(frames, BLOCK_ROWS)
+        var head_blocks = ceildiv(heads, CROSS_HEADS)
+        var layer_chunks = windows * row_blocks * 2 * head_blocks
+        var phases = Phases(1)
 
         def worker(
             index: Int
         ) {
-            var x, var to_keys, var to_values, var projected, var phases, var windows, var frames,
-            var n, var heads, var layers, var elements, var rows, var team, imm
+            var x, var to_keys, var to_values, var phases, var windows, var frames, var n,
+            var heads, var layers, var elements, var row_blocks, var head_blocks,
+            var layer_chunks, imm
         }:
             var phase = phases
             var none = Norm(x, x, 0)
-            for layer in range(layers):
+            var projected = unsafe_alloc[Float32](BLOCK_ROWS * CROSS_HEADS * HEAD_DIM)
 
-                @always_inline
-                def pack(
-                    chunk: Int
-                ) {
-                    var to_keys, var to_values, var projected, var windows, var frames, var n,
-                    var heads, var elements, var layer, imm
-                }:
-                    """Packs one head of one window."""
-                    var at = projected.unsafe_offset(
-                        (chunk // heads) * frames * 2 * n + (chunk % heads) * HEAD_DIM
-                    )
-                    var to = (layer * windows * heads + chunk) * elements
-                    pack_keys[False](at, 2 * n, frames, to_keys.unsafe_offset(to))
-                    pack_values[width, False](
-                        at.unsafe_offset(n), 2 * n, frames, to_values.unsafe_offset(to)
-                    )
+            @always_inline
+            def fill(
+                chunk: Int
+            ) {
+                var x, var to_keys, var to_values, var projected, var windows, var frames, var n,
+                var heads, var elements, var row_blocks, var head_blocks, var layer_chunks,
+                var none, imm
+            }:
+                """Keys or values of some frames of a window, for some heads of a layer."""
+                var layer = chunk // layer_chunks
+                var window = chunk // row_blocks % windows
+                var first = chunk % row_blocks * BLOCK_ROWS
+                var rows = min(BLOCK_ROWS, frames - first)
+                var columns = chunk % layer_chunks // (row_blocks * windows)
+                var head = heads * (columns % head_blocks) // head_blocks
+                var count = heads * (columns % head_blocks + 1) // head_blocks - head
+                var of_values = columns // head_blocks
+                var block = linear[width, product, tiles](
+                    x, x, windows * frames, kv_weight, kv_scale, kv_bias, layer, none, False, False
+                ).part(
+                    window * frames + first,
+                    rows,
+                    (of_values * n + head * HEAD_DIM) // PANEL,
+                    count * HEAD_DIM // PANEL,
+                    projected,
+                )
+                block.block(0, rows, 0, block.panels())
+                for i in range(count):
+                    var source = projected.unsafe_offset(i * HEAD_DIM)
+                    var to = ((layer * windows + window) * heads + head + i) * elements
+                    if of_values == 1:
+                        pack_values[width, False](
+                            source,
+                            block.columns,
+                            rows,
+                            to_values.unsafe_offset(to + first * PANEL),
+                            padded(frames),
+                        )
+                    else:
+                        pack_keys[False](
+                            source, block.columns, rows, to_keys.unsafe_offset(to + first * HEAD_DIM)
+                        )
 
-                project(phase, team, linear[width, product, tiles](
-                    projected, x, rows, kv_weight, kv_scale, kv_bias, layer, none, False, False
-                ))
-                phase.run(windows * heads, pack)
+            phase.run(layers * layer_chunks, fill)
+            projected.unsafe_free()
 
         sync_parallelize(worker, team)
         phases.free()
-        projected.unsafe_free()

@@ -12,7 +12,7 @@ from .gemm import F32, PANEL, Floats, Packed, raw
 from .phases import Phases, team_size
 
 comptime LINES = 16
-"""Inputs of a panel's 32 rows that are turned around at a time: a cache line of each row."""
+"""Numbers of 32 rows that are turned around at a time: a cache line of each row."""
 comptime SHUFFLES = 5
 """The logarithm of PANEL, base 2."""
 comptime SHARE = 1 << 16
@@ -22,7 +22,7 @@ comptime SMALLEST: Float32 = 1.5e-36
 
 
 @fieldwise_init
-struct Matrix[type: DType, width: Int](ImplicitlyCopyable):
+struct Matrix[type: DType](ImplicitlyCopyable):
     """A matrix `[rows, length]`, and where its panels and the scales of its rows go."""
 
     var packed: Packed[Self.type]
@@ -61,18 +61,15 @@ struct Matrix[type: DType, width: Int](ImplicitlyCopyable):
                 block[row] = Self.held(numbers, factors[row])
                 comptime if Self.type == DType.float16:
                     lost |= block[row].cast[F32]().ne(numbers).reduce_or()
-            turn(block)
-            comptime for i in range(PANEL):
-                if i < 2 * lines:
-                    to.unsafe_offset(k * PANEL + i * LINES).unsafe_store(block[i])
+            store_turned(block, to.unsafe_offset(k * PANEL), lines)
         return lost
 
     def scale_of(self, row: Floats) -> Float32:
         """What int8's 1 stands for in a row, whose largest number is 127."""
-        var largest = SIMD[F32, Self.width](0)
-        var whole = self.length - self.length % Self.width
-        for k in range(0, whole, Self.width):
-            largest = max(largest, abs(row.unsafe_offset(k).unsafe_load[width=Self.width]()))
+        var largest = SIMD[F32, LINES](0)
+        var whole = self.length - self.length % LINES
+        for k in range(0, whole, LINES):
+            largest = max(largest, abs(row.unsafe_offset(k).unsafe_load[width=LINES]()))
         var found = largest.reduce_max()
         for k in range(whole, self.length):
             found = max(found, abs(row.unsafe_offset(k).unsafe_load()))
@@ -89,8 +86,13 @@ struct Matrix[type: DType, width: Int](ImplicitlyCopyable):
 
 
 @always_inline
-def turn[type: DType, //](mut block: Array[SIMD[type, LINES], PANEL]):
-    """Transposes 32 rows of 16: each shuffle makes one more bit of the row the lowest of the place."""
+def store_turned[
+    type: DType, //
+](mut block: Array[SIMD[type, LINES], PANEL], to: Packed[type], lines: Int = LINES):
+    """Stores 32 rows of 16 as the first of 16 lines of 32.
+
+    Each shuffle makes one more bit of the row the lowest of the place.
+    """
     comptime for _ in range(SHUFFLES):
         var shuffled = Array[SIMD[type, LINES], PANEL](fill=0)
         comptime for i in range(PANEL // 2):
@@ -98,10 +100,13 @@ def turn[type: DType, //](mut block: Array[SIMD[type, LINES], PANEL]):
             shuffled[2 * i] = both.slice[LINES]()
             shuffled[2 * i + 1] = both.slice[LINES, offset=LINES]()
         block = shuffled^
+    comptime for i in range(PANEL):
+        if i < 2 * lines:
+            to.unsafe_offset(i * LINES).unsafe_store(block[i])
 
 
 @fieldwise_init
-struct Layers[type: DType, width: Int](ImplicitlyCopyable):
+struct Layers[type: DType](ImplicitlyCopyable):
     """The matrices of all layers, each layer's parts one below the other, and their room.
 
     `part_panels`: of one matrix. `share`: panels that a worker claims at a time, `shares`: of one
@@ -123,7 +128,7 @@ struct Layers[type: DType, width: Int](ImplicitlyCopyable):
         """Packs one share of one matrix."""
         var number = chunk // self.shares
         var address = Int(self.sources.unsafe_offset(number).unsafe_load())
-        var matrix = Matrix[Self.type, Self.width](
+        var matrix = Matrix[Self.type](
             self.packed.unsafe_offset(number * self.part_panels * self.length * PANEL),
             self.scales.unsafe_offset(number * self.rows),
             Floats(unsafe_from_address=address),
@@ -142,7 +147,7 @@ struct Layers[type: DType, width: Int](ImplicitlyCopyable):
 struct Pack:
     @staticmethod
     def execute[
-        target: StaticString, type: DType, //, width: Int
+        target: StaticString, type: DType, //
     ](
         inexact: OutputTensor[dtype=DType.int32, rank=1, ...],
         packed: MutableInputTensor[dtype=type, rank=4, ...],
@@ -163,7 +168,7 @@ struct Pack:
         var length = packed.dim_size(2)
         var share = max(1, SHARE // (PANEL * max(1, length)))
         var part_panels = packed.dim_size(1) // sources.dim_size(1)
-        var layers = Layers[type, width](
+        var layers = Layers[type](
             raw(inexact.unsafe_ptr()),
             raw(packed.unsafe_ptr()),
             raw(scale.unsafe_ptr()),

@@ -119,6 +119,18 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     var scaled: Bool
     var gelu: Bool
 
+    def part(self, row: Int, rows: Int, panel: Int, panels: Int, to: Floats) -> Self:
+        """Some rows and whole panels of a layer without norm and residual, into `to`."""
+        var result = self
+        result.output = to
+        result.x = self.x.unsafe_offset(row * self.length)
+        result.weight = self.weight.unsafe_offset(panel * self.length * PANEL)
+        result.scale = self.scale.unsafe_offset(panel * PANEL if self.scaled else 0)
+        result.bias = self.bias.unsafe_offset(panel * PANEL)
+        result.rows = rows
+        result.columns = panels * PANEL
+        return result
+
     def normalized(self, to: Floats) -> Self:
         """The same layer with its norm applied beforehand, into `to`, [rows, length]."""
         var result = self
@@ -171,8 +183,8 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         """All (few) rows times a run of panels, each panel read from memory once."""
         for panel in range(first_panel, last_panel):
             var row = 0
-            comptime for tile in range(4):
-                comptime rows = (tile_rows[Self.width](), 5, 2, 1)[tile]
+            comptime for tile in range(6):
+                comptime rows = (tile_rows[Self.width](), 5, 4, 3, 2, 1)[tile]
                 while row + rows <= self.rows:
                     self.stream_tile[rows](self.x.unsafe_offset(row * self.length), row, panel)
                     row += rows
