@@ -91,9 +91,8 @@ def load_checkpoint() -> Whisper:
 @contextmanager
 def on_max(precision: str = "high") -> Iterator[None]:
     """Everything on MAX, or an error."""
-    wanted = "cuda" if device == "cuda" else None
     with whisper_max.patched(
-        mode="strict", compile="blocking", precision=precision, device=wanted
+        mode="strict", compile="blocking", precision=precision, device=_wanted_device()
     ):
         yield
 
@@ -101,8 +100,13 @@ def on_max(precision: str = "high") -> Iterator[None]:
 @contextmanager
 def with_fallback() -> Iterator[None]:
     """As users run it: what MAX cannot do, PyTorch does."""
-    with whisper_max.patched(mode="auto", compile="blocking"):
+    with whisper_max.patched(mode="auto", compile="blocking", device=_wanted_device()):
         yield
+
+
+def _wanted_device() -> str | None:
+    """For `patch`: a GPU has to be asked for."""
+    return "cuda" if device == "cuda" else None
 
 
 def on_pytorch(model: Whisper) -> Whisper:

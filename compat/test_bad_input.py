@@ -239,6 +239,23 @@ def test_nothing_compiled_and_nothing_to_be_compiled(plain, no_engines):
 
 
 @pytest.mark.allow_fallback
+def test_max_cannot_load_an_artifact(plain, compiled, monkeypatch):
+    """As where a driver is too old for it. It is not tried again for every call."""
+    tries = []
+
+    def load(found):
+        tries.append(found)
+        raise RuntimeError("the driver is too old")
+
+    monkeypatch.setattr(loading, "_engines", {})
+    monkeypatch.setattr(loading, "_unloadable", {})
+    monkeypatch.setattr(loading, "Engine", load)
+    reason = "MAX could not load whisper-float16-.*: the driver is too old"
+    assert_on_pytorch(plain, reason, "cached")
+    assert len(tries) == 1
+
+
+@pytest.mark.allow_fallback
 def test_damaged_artifact(plain, compiled, no_engines, caplog):
     """It is removed, and PyTorch works until there is another."""
     original = artifacts.find(key_of(arithmetic_of("high", exact=True)), compiled)

@@ -14,8 +14,9 @@ import whisper_max
 from harness import exact
 from recordings import samples
 from whisper_max import demo, settings
-from whisper_max.runtime import model_state
+from whisper_max.runtime import loading, model_state
 from whisper_max.runtime.gpu import places
+from whisper_max.runtime.gpu.engine import Room
 from whisper_max.runtime.gpu.state import GpuState, audio_sizes
 
 pytestmark = [
@@ -100,12 +101,23 @@ def test_max_comes_after_pytorchs_current_stream_and_pytorch_after_max(on_gpu):
 
 @torch.no_grad()
 def test_a_replayed_step_is_the_step(on_gpu):
-    """Greedy, which replays, against the same decode without capture."""
-    expected = load().transcribe(samples("en02"), temperature=0)["text"]
+    """Greedy, which replays, against the same decode without capture, in a room of its own."""
+    replayed = []
     with pytest.MonkeyPatch.context() as patch:
+        replay = Room._replay
+        patch.setattr(
+            Room, "_replay", lambda room, *given: (
+                replayed.append(room._captured is not None), replay(room, *given)
+            )[1]
+        )
+        expected = load().transcribe(samples("en02"), temperature=0)["text"]
+        assert replayed and all(replayed)
+        replayed.clear()
+        for engine in loading._engines.values():
+            engine.rooms.clear()
         patch.setattr(places.CudaPlace, "captures", False)
-        model = load()
-        assert model.transcribe(samples("en02"), temperature=0)["text"] == expected
+        assert load().transcribe(samples("en02"), temperature=0)["text"] == expected
+        assert replayed and not any(replayed)
 
 
 @pytest.mark.allow_fallback
@@ -116,10 +128,12 @@ def test_where_memory_runs_out_pytorch_takes_over():
         model = load()
         free, _ = torch.cuda.mem_get_info()
         torch.cuda.empty_cache()
-        hoard = torch.empty(free - (256 << 20), dtype=torch.uint8, device="cuda")
+        hoard = torch.empty(free - (64 << 20), dtype=torch.uint8, device="cuda")
         found = model.transcribe(samples("en01"))["text"]
         del hoard
+        targets = whisper_max.status().targets.values()
     assert found == expected
+    assert any("memory" in reason.lower() for target in targets for reason in target.reasons)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")

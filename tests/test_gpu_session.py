@@ -7,19 +7,31 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from max import driver
+from max import engine as max_engine
 from max.driver import CPU, Buffer
 from max.dtype import DType
 
-from whisper_max.conditions import UnsupportedByMax, device_reasons, tensor_reasons
+from whisper_max import conditions
+from whisper_max.conditions import (
+    UnsupportedByMax, context_reasons, device_reasons, tensor_reasons
+)
 from whisper_max.graphs.gpu.specification import TextSizes
 from whisper_max.graphs.specification import MASKED
+from whisper_max.runtime import tensors
+from whisper_max.runtime.artifact_key import ArtifactKey
+from whisper_max.runtime.compile_worker import compile_to_mef
+from whisper_max.runtime.gpu import engine as gpu_engine
 from whisper_max.runtime.gpu import places
 from whisper_max.runtime.gpu.engine import (
     MOST_BEAMS,
@@ -32,6 +44,7 @@ from whisper_max.runtime.gpu.engine import (
 from whisper_max.runtime.gpu.places import CudaPlace, Place
 from whisper_max.runtime.gpu.session import GpuSelection, GpuSession
 from whisper_max.runtime.gpu.state import GpuReady
+from whisper_max.runtime.tensors import to_buffer
 
 SIZES = TextSizes(
     n_audio_ctx=6, n_vocab=9, n_text_ctx=4, n_text_state=64, n_text_head=1, n_text_layer=2
@@ -244,6 +257,42 @@ def test_two_rooms_wait_for_the_next_decode(engine):
     assert taken == [None, *rooms[1:]]
 
 
+def test_a_room_comes_back_while_another_is_taken(engine, monkeypatch):
+    """The garbage collector gives them back, at any time and in any thread."""
+    first, second = (Room(engine, SIZES, DType.float32, 1, 2) for _ in range(2))
+
+    def found_after_a_collection(room, weights, features):
+        engine.rooms.give(second)
+        return True
+
+    monkeypatch.setattr(Room, "is_for", found_after_a_collection)
+    engine.rooms.give(first)
+    taken = []
+    taker = threading.Thread(
+        target=lambda: taken.append(engine.rooms.take((1, 2), WEIGHTS, torch.zeros(1))),
+        daemon=True,
+    )
+    taker.start()
+    taker.join(timeout=30)
+    assert taken == [first]
+    assert list(engine.rooms._idle) == [second]
+
+
+def test_a_gpu_without_memory_for_the_features_has_what_idle_rooms_held(engine, room):
+    class Features:
+        def clone(self):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    engine.rooms.give(room)
+    another = Room(engine, SIZES, DType.float32, 1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_engine, "to_buffer", lambda features: another._tokens.buffer)
+        with pytest.raises(UnsupportedByMax, match="keeping audio features: CUDA out of memory"):
+            another.fill(WEIGHTS, Features())
+    assert not engine.rooms._idle
+    assert not another.is_for(WEIGHTS, Features())
+
+
 def test_a_selection_masks_what_is_suppressed(engine, room):
     GpuSelection(room, (2, 5), SIZES.n_vocab, 1)
     expected = [MASKED if token in (2, 5) else 0 for token in range(9)]
@@ -287,6 +336,61 @@ def test_beams_that_change_places_are_few_and_of_one_window(engine):
         selection = decode.selection((), SIZES.n_vocab, 2)
         with pytest.raises(UnsupportedByMax, match=reason) if reason else nullcontext():
             decode.select([3] * rows, selection, RULES[:1] * rows)
+
+
+def test_memory_of_a_gpu_is_handed_over_while_that_one_is_current(monkeypatch):
+    """PyTorch refuses otherwise, where it has several."""
+    current = []
+
+    class Of:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *exception: object) -> None:
+            current.pop()
+
+    class OnSecond(SimpleNamespace):
+        detach = resolve_neg = contiguous = lambda self: self
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", Of)
+    monkeypatch.setattr(
+        tensors, "Buffer", SimpleNamespace(from_dlpack=lambda tensor: seen.append(list(current)))
+    )
+    second = torch.device("cuda", 1)
+    to_buffer(OnSecond(is_cuda=True, device=second))
+    to_buffer(torch.zeros(1))
+    assert seen == [[second], []]
+
+
+def test_graphs_for_a_gpu_are_compiled_without_one(monkeypatch, tmp_path):
+    """One that is there may be of another kind, and its memory is not the compiler's."""
+    virtual, compiled_for = {}, []
+    for what in ("api", "target_arch", "count"):
+        name = f"set_virtual_device_{what}"
+        monkeypatch.setattr(driver, name, partial(virtual.__setitem__, what))
+    monkeypatch.setattr(driver, "Accelerator", lambda: dict(virtual))
+    compiled = SimpleNamespace(compile=lambda graph: compiled, export_mef=Path.touch)
+    monkeypatch.setattr(
+        max_engine, "InferenceSession", lambda devices: compiled_for.extend(devices) or compiled
+    )
+    key = ArtifactKey("gpu", "builtins:dict", (), "cuda:sm_90a", "avx512")
+    compile_to_mef(key, tmp_path / "artifact")
+    assert compiled_for == [{"api": "cuda", "target_arch": "sm_90a", "count": 1}]
+    assert (tmp_path / "artifact").exists()
+
+
+def test_a_call_that_is_being_captured_is_left_to_pytorch(monkeypatch):
+    """Checks wait for their results, which a capture does not allow."""
+    module = torch.nn.Linear(1, 1, device="meta").requires_grad_(False)
+    monkeypatch.setattr(conditions, "device_of", lambda module: torch.device("cuda", 0))
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        expected = ["the call is being captured"] if capturing else []
+        assert context_reasons(module) == expected
 
 
 class Stream:

@@ -140,6 +140,7 @@ def context_reasons(module: nn.Module) -> list[str]:
         or torch.jit.is_scripting()
         or _symbolic_trace._is_fx_tracing_flag,
         "the call is being compiled": torch.compiler.is_compiling(),
+        "the call is being captured": kind == "cuda" and torch.cuda.is_current_stream_capturing(),
         "the call is in a transform of torch.func": torch._C._functorch.peek_interpreter_stack()
         is not None,
         "forward-mode gradients are wanted": forward_ad._current_level >= 0,

@@ -28,6 +28,7 @@ logger = logging.getLogger("whisper_max")
 Loaded = TypeVar("Loaded")
 
 _engines: dict[tuple[str, str], Any] = {}  # by artifact and device
+_unloadable: dict[tuple[str, str], str] = {}  # and why
 _guard = threading.Lock()
 _process = os.getpid()
 _libc = ctypes.CDLL(None)  # opened here: after a fork, the loader's lock may be held for ever
@@ -89,6 +90,8 @@ def loaded(
     found = _engines.get(wanted)
     if found is not None:
         return found
+    if wanted in _unloadable:
+        raise UnsupportedByMax(_unloadable[wanted])
     try:
         key, state = compilation.ensure_first(keys, settings.cache_dir, settings.compile)
         instead = f" in place of another: {state.reason}" if state.ready and state.reason else ""
@@ -100,7 +103,12 @@ def loaded(
                 compiled = artifacts.read(key, settings.cache_dir)
                 if compiled is None:
                     raise UnsupportedByMax(f"the graphs of {key.label} could not be read")
-                _engines[wanted] = load(compiled)
+                try:
+                    _engines[wanted] = load(compiled)
+                except (RuntimeError, ValueError, MemoryError) as error:
+                    # Not again for every call: it takes time, and would mostly end the same way.
+                    _unloadable[wanted] = f"MAX could not load {key.label}: {error}"
+                    raise UnsupportedByMax(_unloadable[wanted]) from error
                 report.set_device(describe(key))
             return _engines[wanted]
     except CacheRefused as refused:

@@ -12,7 +12,11 @@ def to_buffer(tensor: torch.Tensor) -> Buffer:
 
     Or where its numbers are the memory's with another sign, of which DLPack does not tell.
     """
-    return Buffer.from_dlpack(tensor.detach().resolve_neg().contiguous())
+    tensor = tensor.detach().resolve_neg().contiguous()
+    if not tensor.is_cuda:
+        return Buffer.from_dlpack(tensor)
+    with torch.cuda.device(tensor.device):  # PyTorch hands out no memory of any other GPU
+        return Buffer.from_dlpack(tensor)
 
 
 def to_torch(buffer: Buffer) -> torch.Tensor:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -93,7 +94,7 @@ class Room:
         self._may_capture = engine.place.captures
         device = engine.place.device
         heads, layers = sizes.n_text_head, sizes.n_text_layer
-        with engine.failing("making room for a decode"):
+        with engine.failing("making room for a decode"), engine.place.in_order():
             # Of zeros: what the mask hides is multiplied by zero, and must be finite.
             self.cache = [
                 Buffer.zeros((*self.shape, heads, sizes.n_text_ctx, HEAD_DIM), dtype, device)
@@ -128,7 +129,8 @@ class Room:
         self._held = None
         operands = (*self.cross, to_buffer(features), *weights["cross_kv"])
         self._engine.execute("cross_kv", *operands)
-        self._held = weakref.ref(weights), features.clone()
+        with self._engine.failing("keeping audio features"):
+            self._held = weakref.ref(weights), features.clone()
 
     def suppress(self, mask: np.ndarray) -> None:
         """What is added to the logits of each token, shape = (n_vocab,), float32."""
@@ -217,30 +219,32 @@ class Rooms:
 
     def __init__(self) -> None:
         self.generation = 0
-        self._idle: list[Room] = []
+        # The garbage collector may give a room back in the middle of anything, `take` included: so
+        # that takes no lock, and the guard is for takers.
+        self._idle: deque[Room] = deque(maxlen=_IDLE_ROOMS)
         self._guard = threading.Lock()
 
     def take(self, shape: tuple[int, int], weights: Weights, features: Tensor) -> Room | None:
         """One for so many (windows, beams), if possible one that is for these features."""
         with self._guard:
-            fitting = [room for room in self._idle if room.shape == shape]
+            idle = []
+            while self._idle:
+                idle.append(self._idle.popleft())
+            fitting = [room for room in idle if room.shape == shape]
             same = (room for room in fitting if room.is_for(weights, features))
-            room = next(itertools.chain(same, fitting), None)
-            if room is not None:
-                self._idle.remove(room)
-            return room
+            taken = next(itertools.chain(same, fitting), None)
+            self._idle.extendleft(room for room in reversed(idle) if room is not taken)
+            return taken
 
     def give(self, room: Room) -> None:
         """A decode is over; the room that waited longest makes way."""
-        with self._guard:
-            if room.generation == self.generation:
-                self._idle = [*self._idle, room][-_IDLE_ROOMS:]
+        if room.generation == self.generation:
+            self._idle.append(room)
 
     def clear(self) -> None:
         """Frees them all, and those in use as soon as they are given back."""
-        with self._guard:
-            self.generation += 1
-            self._idle = []
+        self.generation += 1
+        self._idle.clear()
 
 
 class _Operand:

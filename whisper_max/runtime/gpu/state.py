@@ -84,7 +84,8 @@ class GpuState:
             )
             found = self._ready.get((sizes, dtype))
             if found is None or found.engine is not engine:
-                found = GpuReady(engine, _weights(self.kind, tensors, sizes, dtype))
+                with engine.failing("taking the weights"):
+                    found = GpuReady(engine, _weights(self.kind, tensors, sizes, dtype))
                 self._ready[sizes, dtype] = found
             return found
 
