@@ -6,6 +6,7 @@ Each call here goes to PyTorch, with its reason, and gives what unpatched whispe
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,95 @@ def test_replaced_method_of_a_class(model, mel, monkeypatch):
         assert torch.equal(encode(model, mel), expected)
         reasons = whisper_max.status().targets["encoder"].reasons
     assert any("qkv_attention was replaced" in reason for reason in reasons), reasons
+
+
+def eight_tokens(model, mel):
+    options = decoding.DecodingOptions(language="en", fp16=False, sample_len=8)
+    return model.decode(mel[0], options).tokens
+
+
+def wrapped(change):
+    """For `setattr`: a method in the disguise of the one it calls, which `functools.wraps` is."""
+
+    def wrap(method):
+        @functools.wraps(method)
+        def around(*args, **options):
+            return change(method, *args, **options)
+
+        return around
+
+    return wrap
+
+
+def without_even_tokens(method, self, first, logits, *rest):
+    """Of a token decoder's update (tokens, logits, ...), which ranks what is left."""
+    logits[:, ::2] = -torch.inf
+    return method(self, first, logits, *rest)
+
+
+def also_without_even_tokens(method, self, logits, tokens):
+    """Of a filter."""
+    method(self, logits, tokens)
+    logits[:, ::2] = -torch.inf
+
+
+WRAPPED = {
+    "qkv_attention": (
+        lambda: whisper.model.MultiHeadAttention,
+        lambda method, *args, **options: (-(found := method(*args, **options))[0], found[1]),
+    ),
+    "forward": (
+        lambda: whisper.model.ResidualAttentionBlock,
+        lambda method, *args, **options: -method(*args, **options),
+    ),
+    "apply": (lambda: decoding.SuppressTokens, also_without_even_tokens),
+    "update": (lambda: decoding.GreedyDecoder, without_even_tokens),
+    "logits": (
+        lambda: decoding.PyTorchInference,
+        lambda method, *args: -method(*args),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_method_wrapped_in_the_middle(plain, checkpoint, mel, monkeypatch, name):
+    """A class that MAX has served gets another method that claims to be upstream's own."""
+    find, change = WRAPPED[name]
+
+    def change_class(patch):
+        cls = find()  # the present one: a patch replaces some
+        patch.setattr(cls, name, wrapped(change)(getattr(cls, name)))
+
+    usual = eight_tokens(plain, mel)
+    with monkeypatch.context() as patch:
+        change_class(patch)
+        expected = eight_tokens(plain, mel)
+    with with_fallback():
+        assert eight_tokens(checkpoint, mel) == usual
+        with monkeypatch.context() as patch:
+            change_class(patch)
+            assert eight_tokens(checkpoint, mel) == expected != usual
+        assert eight_tokens(checkpoint, mel) == usual
+
+
+def test_another_function_for_attention(plain, checkpoint, mel, monkeypatch):
+    """In the place where upstream's module looks for it."""
+    if not getattr(whisper.model, "scaled_dot_product_attention", None):
+        pytest.skip("this release has its own attention only")
+    attend = whisper.model.scaled_dot_product_attention
+
+    def change(patch):
+        patch.setattr(
+            whisper.model, "scaled_dot_product_attention", lambda *args, **kw: -attend(*args, **kw)
+        )
+
+    with monkeypatch.context() as patch:
+        change(patch)
+        expected = eight_tokens(plain, mel)
+    with with_fallback():
+        usual = eight_tokens(checkpoint, mel)
+        change(monkeypatch)
+        assert eight_tokens(checkpoint, mel) == expected != usual
 
 
 def test_replaced_and_quantized_submodules(model, mel):

@@ -38,6 +38,7 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
         hooks = listeners.Pass()
 
         def on_torch() -> Tensor:
+            self._note_pytorch(encoder_changes)
             with hooks.on_pytorch():
                 return super(MaxAudioEncoder, self).forward(x)
 

@@ -6,9 +6,10 @@ taken out of those modules is honoured by running them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -98,6 +99,14 @@ def decoder_changes(decoder: nn.Module) -> list[str]:
     return changes
 
 
+def is_replaced(method: object, module: str) -> bool:
+    """Whether a method was not written in the module of this name.
+
+    Its `__module__` does not tell: `functools.wraps` copies that.
+    """
+    return getattr(method, "__globals__", {}).get("__name__") != module
+
+
 def only_listens(part: nn.Module) -> bool:
     """Whether a part's hooks are plain forward hooks of packages that are known to change nothing.
 
@@ -123,6 +132,9 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
     # Our own class, whose forward stands in for that of upstream's.
     if any(_is_changed(base, "forward") for base in type(module).__mro__):
         yield "its class was given another forward"
+    attention = getattr(sys.modules["whisper.model"], "scaled_dot_product_attention", None)
+    if not (attention is None or isinstance(attention, BuiltinFunctionType)):
+        yield "whisper.model.scaled_dot_product_attention was replaced"
     positions = _own_tensor(module, "positional_embedding")
     if positions is None or positions.ndim != 2:
         yield "positional_embedding is not a matrix of its own"
@@ -230,4 +242,4 @@ def _changed_method(cls: type) -> str | None:
 
 def _is_changed(cls: type, name: str) -> bool:
     """Whether a class has a method of this name that was not written for it."""
-    return name in vars(cls) and vars(cls)[name].__module__ != cls.__module__
+    return name in vars(cls) and is_replaced(vars(cls)[name], cls.__module__)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
+from types import ModuleType
 
+import torch
 from torch import nn
 
 from . import activation
@@ -34,8 +37,22 @@ class SwappedModule(nn.Module):
 
     def drop_max_state(self) -> None:
         """Frees packed weights and remembered results, if there are any."""
-        model_state = sys.modules.get(f"{__package__}.runtime.model_state")
-        if model_state is not None:  # otherwise nothing has run on MAX, nor need it be imported
+        if (model_state := _model_state()) is not None:
+            model_state.drop(self)
+
+    def _note_pytorch(self, changes: Callable[[nn.Module], list[str]]) -> None:
+        """PyTorch computes with this module, and weights may change afterwards without its count.
+
+        In training, as by `.data`; or while parts are replaced, as by an adapter that is merged
+        later. What MAX keeps is dropped then.
+
+        changes : finds those in a module's parts
+        """
+        model_state = _model_state()
+        if model_state is None or not model_state.is_kept(self):
+            return
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if trained or changes(self):
             model_state.drop(self)
 
     def _on_the_same_path(self, twin: SwappedModule) -> SwappedModule:
@@ -49,3 +66,8 @@ class SwappedModule(nn.Module):
         if "_upstream" not in vars(type(self)):
             return super().__reduce_ex__(protocol)  # a subclass of ours pickles as itself
         return New(type(self), self._upstream, "whisper.model"), (), self.__dict__
+
+
+def _model_state() -> ModuleType | None:
+    """The module of this name; None where nothing has run on MAX, which need not be imported."""
+    return sys.modules.get(f"{__package__}.runtime.model_state")

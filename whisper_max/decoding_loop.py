@@ -16,6 +16,7 @@ from whisper.decoding import BeamSearchDecoder, DecodingTask, GreedyDecoder
 
 from . import activation
 from .activation import originals
+from .changed_parts import is_replaced
 from .conditions import UnsupportedByMax
 from .dispatch import out_of_memory_is_unsupported, reasons_of, refuse, run
 from .inference import MaxInference
@@ -238,9 +239,13 @@ def _reasons(task: DecodingTask) -> list[str]:
         reasons.append(f"the task is a {type(task).__qualname__}, not upstream's DecodingTask")
     if type(task.inference) is not MaxInference:
         reasons.append(f"the inference is a {type(task.inference).__qualname__}")
+    for name in ("logits", "rearrange_kv_cache"):
+        method = vars(task.inference).get(name, getattr(MaxInference, name))
+        if is_replaced(method, MaxInference.__module__):
+            reasons.append(f"the inference's {name} was replaced")
     if type(decoder) not in (GreedyDecoder, BeamSearchDecoder):
         reasons.append(f"the token decoder is a {type(decoder).__qualname__}")
-    elif type(decoder).update.__module__ != "whisper.decoding" or "update" in vars(decoder):
+    elif is_replaced(type(decoder).update, "whisper.decoding") or "update" in vars(decoder):
         reasons.append("the token decoder's update was replaced")
     elif isinstance(decoder, BeamSearchDecoder) and decoder.inference is not task.inference:
         reasons.append("the token decoder has an inference of its own")

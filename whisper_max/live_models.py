@@ -66,8 +66,10 @@ def restore(model: Model) -> Model:
 def refresh(model: Model) -> Model:
     """Take the weights of `model` anew at the next call.
 
-    Needed only after changing weights in a way that PyTorch does not count: through `.data`, or
-    through a NumPy or DLPack view. Other changes are noticed. Raises TypeError as accelerate().
+    Needed only after changing weights in a way that PyTorch does not count: through `.data`,
+    through a NumPy or DLPack view, or through the memory of a vector that parameters were made of.
+    Other changes are noticed, and in training, where PyTorch runs the model, these are as well.
+    Raises TypeError as accelerate().
     """
     for _, module in _encoder_and_decoder(model):
         forget(module)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from whisper.decoding import ApplyTimestampRules, LogitFilter, SuppressBlank, SuppressTokens
 
+from .changed_parts import is_replaced
+
 if TYPE_CHECKING:
     from whisper.decoding import DecodingTask
 
@@ -96,6 +98,6 @@ def foreign_filters(filters: Sequence[LogitFilter]) -> list[str]:
         f"{type(f).__module__}.{type(f).__qualname__}"
         for f in filters
         if type(f) not in (SuppressBlank, SuppressTokens, ApplyTimestampRules)
-        or type(f).apply.__module__ != "whisper.decoding"
+        or is_replaced(type(f).apply, "whisper.decoding")
         or "apply" in vars(f)
     ]

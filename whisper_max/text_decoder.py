@@ -41,6 +41,8 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
         hooks = listeners.Pass()
 
         def on_torch() -> Tensor:
+            if not kv_cache:  # a step of a decode follows others, at whose first this was done
+                self._note_pytorch(decoder_changes)
             with hooks.on_pytorch():
                 return super(MaxTextDecoder, self).forward(x, xa, kv_cache)
 

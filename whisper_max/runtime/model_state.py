@@ -16,6 +16,7 @@ import torch
 from max.driver import Buffer
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .. import on_one_thread
 from ..conditions import UnsupportedByMax, float16_reasons, parameter_reasons, value_reasons
@@ -119,6 +120,11 @@ class Watch:
         """Until `note`, whatever comes is a change."""
         self._seen = []
 
+    def after_step_of(self, parameters: Container[int]) -> None:
+        """An optimizer has changed these, by identity; fused ones do so without counting it."""
+        if any(id(seen.tensor) in parameters for seen in self._seen):
+            self.forget()
+
 
 class ModelState:
     """Packed weights of one module, checked against its parameters at every use."""
@@ -129,7 +135,7 @@ class ModelState:
         self.cross: Memo[CrossCache] = Memo()
         self.spare = Spare()
         self._guard = threading.Lock()
-        self._watch = Watch()
+        self.watch = Watch()
         self._precision = ""
         self._exact: bool | None = None  # whether float16 holds every weight; None: not known yet
         self._reasons: list[str] = []
@@ -143,7 +149,7 @@ class ModelState:
         """
         with self._guard:
             tensors = tensors_of(module)
-            if settings.precision != self._precision or not self._watch.unchanged(tensors):
+            if settings.precision != self._precision or not self.watch.unchanged(tensors):
                 self._look_at(tensors, settings.precision)
             refuse(self._reasons)
             if self._exact is None:
@@ -157,7 +163,7 @@ class ModelState:
     def _look_at(self, tensors: Mapping[str, Tensor], precision: str) -> None:
         """Notes the parameters as they are, and what is against them."""
         self._ready, self._precision = None, ""
-        self._watch.forget()
+        self.watch.forget()
         self.features.drop()
         self.cross.drop()
         refuse(parameter_reasons(tensors.values(), torch.device("cpu")))
@@ -166,7 +172,7 @@ class ModelState:
         self._reasons = value_reasons(tensors)
         if precision == "medium":
             self._reasons += float16_reasons(list(weights.matrices(tensors)))
-        self._watch.note(tensors)
+        self.watch.note(tensors)
         self._precision = precision
 
     def _pack_exactly(self, tensors: Mapping[str, Tensor], settings: Settings) -> bool:
@@ -226,6 +232,25 @@ def state_of(
         if type(state) is not make:
             state = _states[module] = make(kind)
         return state
+
+
+def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
+    if torch.compiler.is_compiling():
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    with _states_guard:
+        states = list(_states.values())
+    for state in states:
+        state.watch.after_step_of(stepped)
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def is_kept(module: nn.Module) -> bool:
+    """Whether MAX keeps anything for the module."""
+    with _states_guard:
+        return module in _states
 
 
 def drop(module: nn.Module) -> None:

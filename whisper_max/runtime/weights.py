@@ -152,7 +152,8 @@ def _linears(
     matrices = [[weight for weight, _ in layer] for layer in layers]
     out, length = biases.shape[1], matrices[0][0].shape[1]
     packed = memory.empty((len(names), -(-out // PANEL), length, PANEL), storage)
-    scales = torch.zeros((len(names), out if storage is torch.int8 else 1), device="cpu")
+    scaled = out if storage is torch.int8 else 1
+    scales = torch.zeros((len(names), scaled), dtype=torch.float32, device="cpu")
     if not engine.pack(packed, scales, matrices) and exact:
         raise Inexact
     return [packed, scales, biases]

@@ -52,7 +52,7 @@ class GpuState:
         self.kind = kind
         self.features: Memo[Tensor] = Memo()
         self._guard = threading.Lock()
-        self._watch = Watch()
+        self.watch = Watch()
         self._reasons: list[str] = []
         self._ready: dict[tuple, GpuReady] = {}
 
@@ -71,7 +71,7 @@ class GpuState:
         """
         with self._guard:
             tensors = tensors_of(module)
-            if not self._watch.unchanged(tensors):
+            if not self.watch.unchanged(tensors):
                 self._look_at(tensors, place)
             refuse(self._reasons)
             name, level = to_dtype(dtype).name, settings.cpu_level
@@ -92,10 +92,10 @@ class GpuState:
     def _look_at(self, tensors: Mapping[str, Tensor], place: Place) -> None:
         self._ready, self._reasons = {}, []
         self.features.drop()
-        self._watch.forget()
+        self.watch.forget()
         refuse(parameter_reasons(tensors.values(), place.torch_device))
         self._reasons = value_reasons(tensors)
-        self._watch.note(tensors)
+        self.watch.note(tensors)
 
 
 def sizes_of(kind: str, dimensions: Mapping[str, int]) -> AudioSizes | TextSizes:
