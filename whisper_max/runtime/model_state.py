@@ -235,7 +235,7 @@ def state_of(
 
 
 def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
-    if torch.compiler.is_compiling():
+    if not _states or torch.compiler.is_compiling():
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     with _states_guard:

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -228,8 +228,9 @@ class Rooms:
         """One for so many (windows, beams), if possible one that is for these features."""
         with self._guard:
             idle = []
-            while self._idle:
-                idle.append(self._idle.popleft())
+            with suppress(IndexError):
+                while True:
+                    idle.append(self._idle.popleft())
             fitting = [room for room in idle if room.shape == shape]
             same = (room for room in fitting if room.is_for(weights, features))
             taken = next(itertools.chain(same, fitting), None)
