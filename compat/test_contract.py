@@ -162,17 +162,14 @@ def eight_tokens(model, mel):
     return model.decode(mel[0], options).tokens
 
 
-def wrapped(change):
-    """For `setattr`: a method in the disguise of the one it calls, which `functools.wraps` is."""
+def wrapped(method, change):
+    """A method in the disguise of the one it calls, which `functools.wraps` is."""
 
-    def wrap(method):
-        @functools.wraps(method)
-        def around(*args, **options):
-            return change(method, *args, **options)
+    @functools.wraps(method)
+    def around(*args, **options):
+        return change(method, *args, **options)
 
-        return around
-
-    return wrap
+    return around
 
 
 def without_even_tokens(method, self, first, logits, *rest):
@@ -212,7 +209,7 @@ def test_a_method_wrapped_in_the_middle(plain, checkpoint, mel, monkeypatch, nam
 
     def change_class(patch):
         cls = find()  # the present one: a patch replaces some
-        patch.setattr(cls, name, wrapped(change)(getattr(cls, name)))
+        patch.setattr(cls, name, wrapped(getattr(cls, name), change))
 
     usual = eight_tokens(plain, mel)
     with monkeypatch.context() as patch:

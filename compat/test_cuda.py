@@ -103,13 +103,14 @@ def test_max_comes_after_pytorchs_current_stream_and_pytorch_after_max(on_gpu):
 def test_a_replayed_step_is_the_step(on_gpu):
     """Greedy, which replays, against the same decode without capture, in a room of its own."""
     replayed = []
+    replay = Room._replay
+
+    def noting(room, *given):
+        replayed.append(room._captured is not None)
+        return replay(room, *given)
+
     with pytest.MonkeyPatch.context() as patch:
-        replay = Room._replay
-        patch.setattr(
-            Room, "_replay", lambda room, *given: (
-                replayed.append(room._captured is not None), replay(room, *given)
-            )[1]
-        )
+        patch.setattr(Room, "_replay", noting)
         expected = load().transcribe(samples("en02"), temperature=0)["text"]
         assert replayed and all(replayed)
         replayed.clear()

@@ -6,6 +6,8 @@ can ask whether it is wanted without importing the layer that installed it.
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -34,6 +36,11 @@ def set_active_targets(targets: frozenset[str]) -> None:
     """Replace the set of patched targets, at once."""
     global _active_targets
     _active_targets = targets
+
+
+def model_state() -> ModuleType | None:
+    """`runtime.model_state`; None where nothing has run on MAX, which need not be imported then."""
+    return sys.modules.get(f"{__package__}.runtime.model_state")
 
 
 def is_active(target: str) -> bool:

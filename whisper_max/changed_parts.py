@@ -107,6 +107,11 @@ def is_replaced(method: object, module: str) -> bool:
     return getattr(method, "__globals__", {}).get("__name__") != module
 
 
+def has_replaced(thing: object, name: str, module: str) -> bool:
+    """Whether an object's method is not that of its class, written in the module of this name."""
+    return name in vars(thing) or is_replaced(getattr(type(thing), name), module)
+
+
 def only_listens(part: nn.Module) -> bool:
     """Whether a part's hooks are plain forward hooks of packages that are known to change nothing.
 

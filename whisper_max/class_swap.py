@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import nn
@@ -37,7 +35,7 @@ class SwappedModule(nn.Module):
 
     def drop_max_state(self) -> None:
         """Frees packed weights and remembered results, if there are any."""
-        if (model_state := _model_state()) is not None:
+        if (model_state := activation.model_state()) is not None:
             model_state.drop(self)
 
     def _note_pytorch(self, changes: Callable[[nn.Module], list[str]]) -> None:
@@ -48,7 +46,7 @@ class SwappedModule(nn.Module):
 
         changes : finds those in a module's parts
         """
-        model_state = _model_state()
+        model_state = activation.model_state()
         if model_state is None or not model_state.is_kept(self):
             return
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -66,8 +64,3 @@ class SwappedModule(nn.Module):
         if "_upstream" not in vars(type(self)):
             return super().__reduce_ex__(protocol)  # a subclass of ours pickles as itself
         return New(type(self), self._upstream, "whisper.model"), (), self.__dict__
-
-
-def _model_state() -> ModuleType | None:
-    """The module of this name; None where nothing has run on MAX, which need not be imported."""
-    return sys.modules.get(f"{__package__}.runtime.model_state")

@@ -16,7 +16,7 @@ from whisper.decoding import BeamSearchDecoder, DecodingTask, GreedyDecoder
 
 from . import activation
 from .activation import originals
-from .changed_parts import is_replaced
+from .changed_parts import has_replaced
 from .conditions import UnsupportedByMax
 from .dispatch import out_of_memory_is_unsupported, reasons_of, refuse, run
 from .inference import MaxInference
@@ -239,13 +239,15 @@ def _reasons(task: DecodingTask) -> list[str]:
         reasons.append(f"the task is a {type(task).__qualname__}, not upstream's DecodingTask")
     if type(task.inference) is not MaxInference:
         reasons.append(f"the inference is a {type(task.inference).__qualname__}")
-    for name in ("logits", "rearrange_kv_cache"):
-        method = vars(task.inference).get(name, getattr(MaxInference, name))
-        if is_replaced(method, MaxInference.__module__):
-            reasons.append(f"the inference's {name} was replaced")
+    else:
+        reasons += [
+            f"the inference's {name} was replaced"
+            for name in ("logits", "rearrange_kv_cache")
+            if has_replaced(task.inference, name, MaxInference.__module__)
+        ]
     if type(decoder) not in (GreedyDecoder, BeamSearchDecoder):
         reasons.append(f"the token decoder is a {type(decoder).__qualname__}")
-    elif is_replaced(type(decoder).update, "whisper.decoding") or "update" in vars(decoder):
+    elif has_replaced(decoder, "update", "whisper.decoding"):
         reasons.append("the token decoder's update was replaced")
     elif isinstance(decoder, BeamSearchDecoder) and decoder.inference is not task.inference:
         reasons.append("the token decoder has an inference of its own")

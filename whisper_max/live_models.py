@@ -7,7 +7,6 @@ parameters, buffers, state_dict keys, hooks, isinstance and every reference to t
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -103,8 +102,7 @@ def release_adopted() -> None:
         if module not in activation.accelerated:
             _swap_back(module)
     activation.adopted.clear()
-    model_state = sys.modules.get(f"{__package__}.runtime.model_state")
-    if model_state is not None:  # otherwise nothing has run on MAX
+    if (model_state := activation.model_state()) is not None:
         model_state.drop_all(keep=activation.accelerated)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from whisper.decoding import ApplyTimestampRules, LogitFilter, SuppressBlank, SuppressTokens
 
-from .changed_parts import is_replaced
+from .changed_parts import has_replaced
 
 if TYPE_CHECKING:
     from whisper.decoding import DecodingTask
@@ -98,6 +98,5 @@ def foreign_filters(filters: Sequence[LogitFilter]) -> list[str]:
         f"{type(f).__module__}.{type(f).__qualname__}"
         for f in filters
         if type(f) not in (SuppressBlank, SuppressTokens, ApplyTimestampRules)
-        or is_replaced(type(f).apply, "whisper.decoding")
-        or "apply" in vars(f)
+        or has_replaced(f, "apply", "whisper.decoding")
     ]

@@ -6,7 +6,8 @@ import ctypes
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -103,13 +104,19 @@ def loaded(
                 compiled = artifacts.read(key, settings.cache_dir)
                 if compiled is None:
                     raise UnsupportedByMax(f"the graphs of {key.label} could not be read")
-                try:
+                with _remembered(wanted, key):
                     _engines[wanted] = load(compiled)
-                except (RuntimeError, ValueError, MemoryError) as error:
-                    # Not again for every call: it takes time, and would mostly end the same way.
-                    _unloadable[wanted] = f"MAX could not load {key.label}: {error}"
-                    raise UnsupportedByMax(_unloadable[wanted]) from error
                 report.set_device(describe(key))
             return _engines[wanted]
     except CacheRefused as refused:
         raise UnsupportedByMax(str(refused)) from refused
+
+
+@contextmanager
+def _remembered(wanted: tuple[str, str], key: ArtifactKey) -> Iterator[None]:
+    """What fails inside is not tried at every call: it takes time, and would end the same way."""
+    try:
+        yield
+    except (RuntimeError, ValueError, MemoryError) as error:
+        _unloadable[wanted] = f"MAX could not load {key.label}: {error}"
+        raise UnsupportedByMax(_unloadable[wanted]) from error

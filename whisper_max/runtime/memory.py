@@ -49,11 +49,11 @@ class HugePages:
         pages = range(begin, begin + size, HUGE_PAGE)
         if not _can_join(room):
             room.madvise(mmap.MADV_HUGEPAGE)
-            return whole[begin : begin + size]
-        with self._guard:
-            if self._windows is not None or not _come_quickly(room, pages):
-                self._windows = self._windows or 0
-                self._small.append((weakref.ref(room), pages))
+        else:
+            with self._guard:
+                if self._windows is not None or not _come_quickly(room, pages):
+                    self._windows = self._windows or 0
+                    self._small.append((weakref.ref(room), pages))
         return whole[begin : begin + size]
 
     def count_window(self) -> None:
