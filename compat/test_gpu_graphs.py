@@ -10,7 +10,9 @@ Compiling them takes minutes, so it is done on demand, and else these tests are 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
+from math import nan
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,7 +107,8 @@ class Case:
             to_buffer(part) for part in upstream_cross(self.model.decoder, self.features)
         ]
         shape = (windows, beams, DIMS.n_text_head, DIMS.n_text_ctx, 64)
-        self.cache = [to_buffer(torch.zeros(shape)) for _ in range(2 * DIMS.n_text_layer)]
+        # What was never written is never read.
+        self.cache = [to_buffer(torch.full(shape, nan)) for _ in range(2 * DIMS.n_text_layer)]
 
     def run(self, graph: str, *operands: Buffer) -> list[Tensor]:
         """One graph on the CPU."""
@@ -148,14 +151,11 @@ class Case:
 
 
 def upstream_cross(decoder: nn.Module, features: Tensor) -> list[Tensor]:
-    """Keys, scaled, and values of cross attention by layer: (windows, heads, n_audio_ctx, 64)."""
+    """Keys and values of cross attention by layer: (windows, heads, n_audio_ctx, 64)."""
     return [
         part.unflatten(2, (DIMS.n_text_head, 64)).transpose(1, 2).contiguous()
         for block in decoder.blocks
-        for part in (
-            block.cross_attn.key(features) * 64**-0.25,
-            block.cross_attn.value(features),
-        )
+        for part in (block.cross_attn.key(features), block.cross_attn.value(features))
     ]
 
 
@@ -380,7 +380,7 @@ def upstream_scores(decoder: nn.Module, tokens: Tensor, features: Tensor) -> lis
     return scores
 
 
-def test_float16_scores_are_within_the_tolerance_and_better_than_bfloat16(monkeypatch):
+def test_attention_in_tiles_of_float16_is_within_the_tolerance_and_bfloat16_is_not(monkeypatch):
     """Why attention is what it is in float16: twice PyTorch's own error is allowed.
 
     PyTorch on the CPU stands in for the GPU: what is compared is where numbers are rounded.
@@ -392,15 +392,20 @@ def test_float16_scores_are_within_the_tolerance_and_better_than_bfloat16(monkey
     def error() -> float:
         return (model.encoder(mel.half()).double() - in_float64).square().mean().sqrt().item()
 
+    def rounded_to(dtype: torch.dtype) -> Callable:
+        def attention(self, q, k, v, mask=None):
+            q, k, v = (
+                part.to(dtype).unflatten(2, (self.n_head, 64)).transpose(1, 2) for part in (q, k, v)
+            )
+            weights = (q.float() @ k.float().mT / 8).softmax(dim=-1)
+            values = (weights.to(dtype).float() @ v.float()).half()
+            return values.transpose(1, 2).flatten(2), None
+
+        return attention
+
     upstream = error()
-    with disable_sdpa():
-        by_scores = error()
-    assert by_scores < 1.5 * upstream
-    attention = MultiHeadAttention.qkv_attention
-
-    def in_bfloat16(self, q, k, v, mask=None):
-        result, scores = attention(self, q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
-        return result.to(q.dtype), scores
-
-    monkeypatch.setattr(MultiHeadAttention, "qkv_attention", in_bfloat16)
-    assert error() > 1.5 * by_scores
+    monkeypatch.setattr(MultiHeadAttention, "qkv_attention", rounded_to(torch.float16))
+    in_tiles = error()
+    assert in_tiles < 1.1 * upstream
+    monkeypatch.setattr(MultiHeadAttention, "qkv_attention", rounded_to(torch.bfloat16))
+    assert error() > 1.5 * in_tiles

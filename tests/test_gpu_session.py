@@ -201,7 +201,7 @@ def test_a_room_that_does_not_fit_into_memory_is_no_room(engine, monkeypatch):
     def full(*arguments):
         raise ValueError("out of memory")
 
-    monkeypatch.setattr("whisper_max.runtime.gpu.engine.Buffer.zeros", full)
+    monkeypatch.setattr("whisper_max.runtime.gpu.engine.Buffer", full)
     with pytest.raises(UnsupportedByMax, match="in making room for a decode: out of memory"):
         Room(engine, SIZES, DType.float32, 1, 1)
 
@@ -410,18 +410,17 @@ class Stream:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """PyTorch's and MAX's side of a GPU: two streams; returns MAX's."""
+    """PyTorch's and MAX's side of a GPU: two streams; returns MAX's device."""
     Stream.log = []
-    queue = SimpleNamespace(native_stream_handle=77)
     device = SimpleNamespace(
         architecture_name="sm_90a",
-        default_queue=queue,
+        default_queue=SimpleNamespace(native_stream_handle=77),
         synchronize=lambda: Stream.log.append(("host", "waits for", "MAX")),
     )
     monkeypatch.setattr(places, "Accelerator", lambda id: device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("PyTorch"))
     monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
-    return queue
+    return device
 
 
 def test_max_waits_for_pytorch_and_pytorch_for_max(cuda):
@@ -435,10 +434,19 @@ def test_max_waits_for_pytorch_and_pytorch_for_max(cuda):
 
 
 def test_without_a_stream_of_its_own_to_wait_on_the_host_waits(cuda):
-    cuda.native_stream_handle = 0
+    cuda.default_queue.native_stream_handle = 0
     with CudaPlace(torch.device("cuda", 0)).in_order():
         assert Stream.log == [("host", "waits for", "PyTorch")]
     assert Stream.log[1:] == [("host", "waits for", "MAX")]
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_61", "gfx942"])
+def test_a_gpu_that_the_kernels_are_not_for_is_pytorchs(cuda, architecture):
+    cuda.architecture_name = architecture
+    with pytest.raises(UnsupportedByMax, match=f"sm_80 and later; this GPU is {architecture}"):
+        CudaPlace(torch.device("cuda", 0))
+    cuda.architecture_name = "sm_120a"
+    CudaPlace(torch.device("cuda", 0))
 
 
 def test_a_gpu_that_max_does_not_see_is_pytorchs(monkeypatch):

@@ -1,8 +1,12 @@
-"""Mojo kernels of the graphs for GPUs: what MAX's own operations would do by copying.
+"""Mojo kernels of the graphs for GPUs.
 
-They are written with `elementwise`, which makes threads of a GPU or a loop on a CPU of them.
-
-    cache   self-attention caches: new tokens get their places, beams go on as copies of others
+    attention       softmax of scores, times values, without a matrix of scores: by one of the two
+                    attention_by_tiles    many queries, on tensor cores
+                    attention_by_lanes    few queries, and float32
+    extent          what both know of their operands
+    tensor_cores    the instructions that tiles are fetched and multiplied with
+    cache           self-attention caches: new tokens get their places, beams go on as copies of others
 """
 
+from .attention import *
 from .cache import *

@@ -20,7 +20,7 @@ struct Append:
     """Puts new tokens behind what rows hold, or behind what other rows of their window hold.
 
     keys, values : the caches, shape = (windows, beams, heads, places, 64)
-    new_keys, new_values : shape = (windows * beams, heads, tokens, 64)
+    new_keys, new_values : shape = (windows * beams, tokens, heads, 64)
     positions : places of the new tokens, consecutive, shape = (tokens,)
     parents : flat number of the row that each row continues, of the same window; where there are
         more beams than MOST_BEAMS, the row itself; shape = (windows, beams)
@@ -39,7 +39,7 @@ struct Append:
         ctx: DeviceContext,
     ) capturing raises:
         var beams = keys.dim_size(1)
-        var count = new_keys.dim_size(2)
+        var count = new_keys.dim_size(1)
 
         # One place of one head, of all beams: nobody else reads or writes it.
         def write[
@@ -66,7 +66,7 @@ struct Append:
                 return
             if token >= 0:
                 for beam in range(beams):
-                    var source = IndexList[4](first + beam, head, token, i)
+                    var source = IndexList[4](first + beam, token, head, i)
                     var there = IndexList[5](window, beam, head, place, i)
                     keys.store[width=width](there, new_keys.load[width=width](source))
                     values.store[width=width](there, new_values.load[width=width](source))

@@ -43,16 +43,15 @@ def build(
         DeviceRef.CPU() if device == "cpu" else DeviceRef.GPU(0),
     )
     module, library = Module(), KernelLibrary()
-    if known is DECODER:
-        library.load_paths([KERNELS])
-    decoder = (module, library, target)
+    library.load_paths([KERNELS])
+    given = (module, library, target)
     builders = {
-        "encoder": lambda: encoder(module, target),
+        "encoder": lambda: encoder(*given),
         "cross_kv": lambda: cross_kv(module, target),
-        "prefill": lambda: decoder_prefill(*decoder),
-        "greedy_step": lambda: decoder_step(*decoder, "decoder_greedy_step", 1),
-        "step": lambda: decoder_step(*decoder, "decoder_step", ranked),
-        "alignment": lambda: decoder_alignment(*decoder),
+        "prefill": lambda: decoder_prefill(*given),
+        "greedy_step": lambda: decoder_step(*given, "decoder_greedy_step", 1),
+        "step": lambda: decoder_step(*given, "decoder_step", ranked),
+        "alignment": lambda: decoder_alignment(*given),
     }
     for name in names:
         last = builders[name]()

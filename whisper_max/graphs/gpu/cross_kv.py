@@ -5,12 +5,12 @@ from __future__ import annotations
 from max.graph import BufferType, Graph, Module, TensorType, ops
 
 from ..specification import HEAD_DIM
-from .layers import Layers, scaled, split_heads
+from .layers import Layers, heads_first, split_heads
 from .specification import Target
 
 
 def cross_types(target: Target) -> list[TensorType]:
-    """Keys, scaled, and values of layer 0, of layer 1, …: (windows, heads, n_audio_ctx, 64) each.
+    """Keys and values of layer 0, of layer 1, …: (windows, heads, n_audio_ctx, 64) each.
 
     On their own for each layer: a slice of one large tensor would be copied before it is
     multiplied.
@@ -38,9 +38,8 @@ def cross_kv(module: Module, target: Target) -> Graph:
         layer = Layers(dict(zip(weights, values)))
         for number in range(sizes.n_text_layer):
             name = f"decoder.blocks.{number}.cross_attn"
-            keys = scaled(layer.linear(features, f"{name}.key"))
-            values = layer.linear(features, f"{name}.value")
-            for buffer, new in zip(buffers[2 * number :], (keys, values)):
-                ops.buffer_store(buffer, split_heads(new))
+            for buffer, part in zip(buffers[2 * number :], ("key", "value")):
+                new = split_heads(layer.linear(features, f"{name}.{part}"))
+                ops.buffer_store(buffer, heads_first(new))
         graph.output()
     return graph

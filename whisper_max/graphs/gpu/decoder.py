@@ -4,7 +4,7 @@ Three graphs over the same blocks: the prompt fills the cache (prefill), one tok
 (step), and a whole text is read at once for its attention (alignment). A step touches the same
 memory each time and asks the host nothing, so that it can be captured and replayed: where it
 stands, whom it continues and what may follow are operands on the device, and the cache has its
-full length, with a mask. Keys are cached as their product with queries takes them, scaled.
+full length, with a mask.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from max.graph import BufferType, Graph, KernelLibrary, Module, TensorType, Tens
 
 from ..specification import HEAD_DIM
 from .cross_kv import cross_types
-from .layers import HIDDEN, Layers, append, merge_heads, qkv_attention, scaled, split_heads
+from .layers import (
+    Layers, append, attention, attention_with_scores, merge_heads, split_heads
+)
 from .selection import select
 from .specification import Target
 
@@ -24,10 +26,7 @@ ROWS = ("windows", "beams")
 
 
 def cache_types(target: Target) -> list[BufferType]:
-    """Keys, scaled, and values of each layer: (windows, beams, heads, n_text_ctx, 64) each.
-
-    They must hold finite numbers from the beginning: what the mask hides is multiplied by zero.
-    """
+    """Keys and values of each layer: (windows, beams, heads, n_text_ctx, 64) each."""
     sizes = target.sizes
     shape = (*ROWS, sizes.n_text_head, sizes.n_text_ctx, HEAD_DIM)
     return [BufferType(target.dtype, shape, target.device)] * (2 * sizes.n_text_layer)
@@ -161,22 +160,12 @@ class Decoder:
         self.rows = self.windows * self.beams
         self.tokens = tokens.reshape((self.rows, self.count))
         self.positions, self.parents = positions, parents
-        keys = positions
-        if parents is not None:
-            keys = ops.range(
-                0, self.sizes.n_text_ctx, 1, dtype=DType.int32, device=positions.device
-            )
-        visible = ops.unsqueeze(keys, 0) <= ops.unsqueeze(positions, 1)
-        seen, hidden = (
-            ops.constant(value, DType.float32, device=positions.device) for value in (0, HIDDEN)
-        )
-        self.mask = ops.where(visible, seen, hidden)  # (tokens, keys)
 
     def forward(self) -> TensorValue:
         """Of the new tokens, shape = (rows * tokens, n_state), after the last norm."""
         x = self._embed()
         for number in range(self.sizes.n_text_layer):
-            x, _ = self._block(x, number)
+            x, _ = self._block(x, number, with_scores=False)
         return self._finish(x)
 
     def forward_with_scores(self, heads: TensorValue) -> tuple[TensorValue, TensorValue]:
@@ -186,7 +175,7 @@ class Decoder:
         chosen = None
         x = self._embed()
         for number in range(self.sizes.n_text_layer):
-            x, scores = self._block(x, number)
+            x, scores = self._block(x, number, with_scores=True)
             head = heads[number]  # (slots,)
             found = ops.gather(scores, ops.max(head, zero), axis=1)
             if chosen is None:
@@ -209,11 +198,14 @@ class Decoder:
     def _finish(self, x: TensorValue) -> TensorValue:
         return self.layer.layer_norm(x, "decoder.ln").reshape((-1, self.sizes.n_text_state))
 
-    def _block(self, x: TensorValue, number: int) -> tuple[TensorValue, TensorValue]:
+    def _block(
+        self, x: TensorValue, number: int, *, with_scores: bool
+    ) -> tuple[TensorValue, TensorValue | None]:
         """`ResidualAttentionBlock`; also the raw scores of its cross attention."""
         layer, name = self.layer, f"decoder.blocks.{number}"
         x = x + self._self_attention(layer.layer_norm(x, f"{name}.attn_ln"), number)
-        y, scores = self._cross_attention(layer.layer_norm(x, f"{name}.cross_attn_ln"), number)
+        y = layer.layer_norm(x, f"{name}.cross_attn_ln")
+        y, scores = self._cross_attention(y, number, with_scores=with_scores)
         x = x + y
         return x + layer.mlp(layer.layer_norm(x, f"{name}.mlp_ln"), f"{name}.mlp"), scores
 
@@ -223,20 +215,24 @@ class Decoder:
             split_heads(self.layer.linear(x, f"{name}.{part}"))
             for part in ("query", "key", "value")
         )
-        q, k = scaled(q), scaled(k)
         if self.cache:
             caches = self.cache[2 * number : 2 * number + 2]
             k, v = append(*caches, k, v, self.positions, self.parents)
-        values, _ = qkv_attention(q, k, v, self.mask)
+        values = attention(q, k, v, self.positions, heads_first=bool(self.cache))
         return self.layer.linear(merge_heads(values), f"{name}.out")
 
-    def _cross_attention(self, x: TensorValue, number: int) -> tuple[TensorValue, TensorValue]:
+    def _cross_attention(
+        self, x: TensorValue, number: int, *, with_scores: bool
+    ) -> tuple[TensorValue, TensorValue | None]:
         """The queries of a window's beams side by side: its keys and values are read once."""
         name = f"decoder.blocks.{number}.cross_attn"
         state = self.sizes.n_text_state
-        queries = scaled(self.layer.linear(x, f"{name}.query"))
-        together = queries.reshape((self.windows, self.beams * self.count, state))
+        queries = self.layer.linear(x, f"{name}.query")
+        together = split_heads(queries.reshape((self.windows, self.beams * self.count, state)))
         keys, values = self.cross[2 * number : 2 * number + 2]
-        values, scores = qkv_attention(split_heads(together), keys, values)
+        if with_scores:
+            values, scores = attention_with_scores(together, keys, values)
+        else:
+            values, scores = attention(together, keys, values, heads_first=True), None
         apart = merge_heads(values).reshape((self.rows, self.count, state))
         return self.layer.linear(apart, f"{name}.out"), scores

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from max.dtype import DType
-from max.graph import Graph, Module, TensorValue
+from max.graph import Graph, KernelLibrary, Module, TensorValue
 
-from .layers import Layers, gelu, merge_heads, qkv_attention, scaled, split_heads
+from .layers import Layers, attention, gelu, merge_heads, split_heads
 from .specification import Target
 
 
-def encoder(module: Module, target: Target) -> Graph:
+def encoder(module: Module, library: KernelLibrary, target: Target) -> Graph:
     """mel, shape = (batch, n_mels, 2 * n_audio_ctx) -> features, (batch, n_audio_ctx, n_state).
 
     Operands: mel; the weights. Both mel and features are of the target's dtype.
     """
     sizes, weights = target.sizes, target.encoder_weights()
     mel_type = target.tensor("batch", sizes.n_mels, 2 * sizes.n_audio_ctx)
-    graph = Graph("encoder", input_types=[mel_type, *weights.values()], module=module)
+    graph = Graph(
+        "encoder",
+        input_types=[mel_type, *weights.values()],
+        kernel_library=library,
+        module=module,
+    )
     with graph:
         mel, *values = (value.tensor for value in graph.inputs)
         layer = Layers(dict(zip(weights, values)))
@@ -37,6 +42,5 @@ def _block(layer: Layers, x: TensorValue, name: str) -> TensorValue:
     q, k, v = (
         split_heads(layer.linear(y, f"{name}.attn.{part}")) for part in ("query", "key", "value")
     )
-    values, _ = qkv_attention(scaled(q), scaled(k), v)
-    x = x + layer.linear(merge_heads(values), f"{name}.attn.out")
+    x = x + layer.linear(merge_heads(attention(q, k, v)), f"{name}.attn.out")
     return x + layer.mlp(layer.layer_norm(x, f"{name}.mlp_ln"), f"{name}.mlp")

@@ -12,12 +12,6 @@ from ..specification import HEAD_DIM
 
 KERNELS = Path(__file__).resolve().parents[2] / "gpu_kernels"
 NORM_EPSILON = 1e-5  # of torch.nn.LayerNorm
-HIDDEN = -1.0e30
-"""Added to the scores of keys that a query does not see.
-
-Upstream has minus infinity. Chosen by a select before softmax, that gave NaN with MAX 26.7 on a
-CPU, even where no key was hidden. This is far below any score and far from overflowing.
-"""
 
 
 class Layers:
@@ -80,20 +74,20 @@ def gelu(x: TensorValue) -> TensorValue:
 
 
 def split_heads(x: TensorValue) -> TensorValue:
-    """x, shape = (batch, length, n_state) -> (batch, heads, length, 64)."""
+    """x, shape = (batch, length, n_state) -> (batch, length, heads, 64)."""
     batch, length, n_state = x.shape
-    return x.reshape((batch, length, int(n_state) // HEAD_DIM, HEAD_DIM)).permute([0, 2, 1, 3])
+    return x.reshape((batch, length, int(n_state) // HEAD_DIM, HEAD_DIM))
 
 
 def merge_heads(x: TensorValue) -> TensorValue:
-    """x, shape = (batch, heads, length, 64) -> (batch, length, n_state)."""
-    batch, heads, length, _ = x.shape
-    return x.permute([0, 2, 1, 3]).reshape((batch, length, int(heads) * HEAD_DIM))
+    """x, shape = (batch, length, heads, 64) -> (batch, length, n_state)."""
+    batch, length, heads, _ = x.shape
+    return x.reshape((batch, length, int(heads) * HEAD_DIM))
 
 
-def scaled(x: TensorValue) -> TensorValue:
-    """Queries or keys before their product: in half precision the scores might overflow."""
-    return x * ops.constant(HEAD_DIM**-0.25, x.dtype, device=x.device)
+def heads_first(x: TensorValue) -> TensorValue:
+    """x, shape = (batch, length, heads, 64) -> (batch, heads, length, 64)."""
+    return x.permute([0, 2, 1, 3])
 
 
 def append(
@@ -106,7 +100,7 @@ def append(
 ) -> tuple[TensorValue, TensorValue]:
     """Puts new tokens into the caches behind what each row's parent holds: gpu_kernels/cache.mojo.
 
-    new_keys and new_values, shape = (rows, heads, tokens, 64)
+    new_keys and new_values, shape = (rows, tokens, heads, 64)
 
     Returns the whole caches, shape = (rows, heads, n_text_ctx, 64). MAX 26.7 reads them where they
     are.
@@ -117,28 +111,45 @@ def append(
     return tuple(ops.buffer_load(cache).reshape(shape) for cache in (keys, values))
 
 
-def qkv_attention(
-    q: TensorValue, k: TensorValue, v: TensorValue, mask: TensorValue | None = None
-) -> tuple[TensorValue, TensorValue]:
-    """Attention by a matrix of scores, softmax in float32: upstream's with `use_sdpa` off.
+def attention(
+    q: TensorValue,
+    k: TensorValue,
+    v: TensorValue,
+    last_seen: TensorValue | None = None,
+    *,
+    heads_first: bool = False,
+) -> TensorValue:
+    """Softmax of scaled scores, times values: gpu_kernels/attention.mojo.
 
-    q, shape = (batch, heads, queries, 64), `scaled`
-    k and v, shape = (batch, heads, keys, 64); k `scaled`: once, where it is kept
-    mask, shape = (queries, keys), float32
-        0 where a query sees a key, HIDDEN elsewhere; every query must see one
+    q, shape = (batch, queries, heads, 64)
+    k and v, shape = (batch, heads, keys, 64) if `heads_first`, else (batch, keys, heads, 64)
+    last_seen, shape = (queries,), int32
+        the last key that each query sees, in ascending order; without it they see all
+
+    Returns the values, shape as q.
+    """
+    operands, name = [q, k, v], "whisper_attention"
+    if last_seen is not None:
+        operands, name = [*operands, last_seen], "whisper_causal_attention"
+    parameters = {"heads_first": heads_first}
+    return ops.custom(name, q.device, operands, [q.type], parameters=parameters)[0].tensor
+
+
+def attention_with_scores(
+    q: TensorValue, k: TensorValue, v: TensorValue
+) -> tuple[TensorValue, TensorValue]:
+    """Attention by a matrix of scores: openai-whisper's own, with `use_sdpa` off.
+
+    q, shape = (batch, queries, heads, 64)
+    k and v, shape = (batch, heads, keys, 64)
 
     Returns the values, shape as q, and the raw scores in float32, (batch, heads, queries, keys).
     """
-    scores = (q @ k.permute([0, 1, 3, 2])).cast(DType.float32)
-    weights = ops.softmax(scores) if mask is None else _softmax(scores + mask)
-    return weights.cast(q.dtype) @ v, scores
+    scores = (_scaled(heads_first(q)) @ _scaled(k).permute([0, 1, 3, 2])).cast(DType.float32)
+    values = ops.softmax(scores).cast(q.dtype) @ v
+    return values.permute([0, 2, 1, 3]), scores
 
 
-def _softmax(scores: TensorValue) -> TensorValue:
-    """Over the last axis, spelt out.
-
-    In float32 MAX 26.7 makes one operation of a product, a mask, `ops.softmax` and a product. On a
-    CPU that one applies the first query's row of the mask to all queries.
-    """
-    weights = ops.exp(scores - ops.max(scores))
-    return weights / ops.sum(weights)
+def _scaled(x: TensorValue) -> TensorValue:
+    """Queries and keys before their product: in half precision the scores might overflow."""
+    return x * ops.constant(HEAD_DIM**-0.25, x.dtype, device=x.device)

@@ -95,9 +95,8 @@ class Room:
         device = engine.place.device
         heads, layers = sizes.n_text_head, sizes.n_text_layer
         with engine.failing("making room for a decode"), engine.place.in_order():
-            # Of zeros: what the mask hides is multiplied by zero, and must be finite.
             self.cache = [
-                Buffer.zeros((*self.shape, heads, sizes.n_text_ctx, HEAD_DIM), dtype, device)
+                Buffer(dtype, (*self.shape, heads, sizes.n_text_ctx, HEAD_DIM), device)
                 for _ in range(2 * layers)
             ]
             self.cross = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -39,7 +40,8 @@ class CudaPlace(Place):
     Each waits for the other on the device, the host for neither. That also keeps memory apart: what
     one side frees, it hands out again only to work that comes after the other's.
 
-    Raises UnsupportedByMax where MAX does not see the GPU.
+    Raises UnsupportedByMax where MAX does not see the GPU, or it is none from sm_80 on, for which the
+    kernels are written.
     """
 
     captures = True
@@ -49,7 +51,11 @@ class CudaPlace(Place):
             device = Accelerator(id=torch_device.index)
         except (RuntimeError, ValueError) as error:
             raise UnsupportedByMax(f"MAX cannot use {torch_device}: {error}") from error
-        super().__init__(torch_device, device, f"cuda:{device.architecture_name}")
+        architecture = device.architecture_name
+        number = re.match(r"sm_(\d+)", architecture)
+        if number is None or int(number[1]) < 80:
+            raise UnsupportedByMax(f"the kernels are for sm_80 and later; this GPU is {architecture}")
+        super().__init__(torch_device, device, f"cuda:{architecture}")
         handle = device.default_queue.native_stream_handle
         self._stream = torch.cuda.ExternalStream(handle, torch_device) if handle else None
 
