@@ -40,8 +40,7 @@ class CudaPlace(Place):
     Each waits for the other on the device, the host for neither. That also keeps memory apart: what
     one side frees, it hands out again only to work that comes after the other's.
 
-    Raises UnsupportedByMax where MAX does not see the GPU, or it is none from sm_80 on, for which the
-    kernels are written.
+    Raises UnsupportedByMax where MAX does not see the GPU, or the kernels are not for it.
     """
 
     captures = True
@@ -54,7 +53,9 @@ class CudaPlace(Place):
         architecture = device.architecture_name
         number = re.match(r"sm_(\d+)", architecture)
         if number is None or int(number[1]) < 80:
-            raise UnsupportedByMax(f"the kernels are for sm_80 and later; this GPU is {architecture}")
+            raise UnsupportedByMax(
+                f"the kernels are for sm_80 and later; this GPU is {architecture}"
+            )
         super().__init__(torch_device, device, f"cuda:{architecture}")
         handle = device.default_queue.native_stream_handle
         self._stream = torch.cuda.ExternalStream(handle, torch_device) if handle else None
