@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import whisper
+import whisper.timing
 from whisper import decoding
 
 import whisper_max
@@ -114,6 +115,61 @@ def test_audio_features(shape):
     with with_fallback():
         whisper_max.accelerate(model)
         assert outcome(call) == expected
+
+
+@pytest.mark.allow_fallback
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("scale", [1e14, 1e25, 1e30])
+@torch.no_grad()
+def test_numbers_whose_squares_overflow(part, scale):
+    model, tokens = small().build(), token_rows((1, 3), 100, 1)
+
+    def call():
+        if part == "encoder":
+            return model.encoder(numbers((1, 80, 120), 2) * scale)
+        return model.decoder(tokens, numbers((1, 60, 128), 3) * scale)
+
+    expected = call()
+    with with_fallback():
+        whisper_max.accelerate(model)
+        torch.testing.assert_close(call(), expected, atol=1e-3, rtol=1e-3, equal_nan=True)
+
+
+@pytest.mark.allow_fallback
+@pytest.mark.parametrize("change", ["pruned", "appended", "heads"])
+def test_alignment_heads_of_another_decoder(change):
+    """Its blocks are not as many as when the heads were chosen, or have other heads."""
+    model = small().build()
+    if change == "pruned":
+        model.decoder.blocks = model.decoder.blocks[:-1]
+    elif change == "appended":
+        model.decoder.blocks.append(model.decoder.blocks[0])
+    else:
+        model.register_buffer("alignment_heads", torch.ones(1, 7).to_sparse(), persistent=False)
+    tokenizer = whisper.tokenizer.get_tokenizer(True, language="en")
+
+    def call():
+        arguments = (model, tokenizer, [100, 101], numbers((80, 120), 4), 100)
+        words = whisper.timing.find_alignment(*arguments)
+        return [(word.word, word.start, word.end) for word in words]
+
+    expected = outcome(call)
+    with with_fallback():
+        whisper_max.accelerate(model)
+        assert outcome(call) == expected
+
+
+@pytest.mark.allow_fallback
+@pytest.mark.parametrize("mel", [torch.tensor(1.0), torch.zeros(1, 3), None], ids=str)
+@pytest.mark.parametrize("beam_size", [None, 2])
+def test_no_spectrogram(plain, checkpoint, mel, beam_size):
+    def call(model):
+        options = decoding.DecodingOptions(language="en", fp16=False, beam_size=beam_size)
+        return decoding.DecodingTask(model, options).run(mel)
+
+    expected = outcome(lambda: call(plain))
+    with with_fallback():
+        assert outcome(lambda: call(checkpoint)) == expected
 
 
 @pytest.mark.allow_fallback

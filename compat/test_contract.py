@@ -223,6 +223,15 @@ def test_a_method_wrapped_in_the_middle(plain, checkpoint, mel, monkeypatch, nam
         assert eight_tokens(checkpoint, mel) == usual
 
 
+def test_a_buffer_with_gradients(model, mel):
+    """Where no parameter has any."""
+    model.encoder.positional_embedding.requires_grad_()
+    assert_left_alone(
+        model, "encoder", "gradients are wanted", lambda m: m.encoder(mel) * m.encoder(mel)
+    )
+    assert model.encoder(mel).requires_grad
+
+
 def test_another_function_for_attention(plain, checkpoint, mel, monkeypatch):
     """In the place where upstream's module looks for it."""
     if not getattr(whisper.model, "scaled_dot_product_attention", None):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
+from abc import ABC
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 import whisper
 import whisper.timing
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from whisper import decoding
 from whisper.model import ModelDimensions
 
@@ -16,6 +22,7 @@ import whisper_max
 from harness import load_checkpoint, on_max, on_pytorch, with_fallback
 from recordings import assert_same_result, samples
 from strategies import Recipe, numbers, small, token_rows
+from whisper_max.runtime import loading
 
 
 @pytest.fixture
@@ -122,6 +129,165 @@ def test_beam_search_by_hand_indexes_the_cache(model, features):
         assert_on_pytorch("decoder", "the call brings its own kv_cache")
 
 
+def mel_of(name: str) -> torch.Tensor:
+    """Of a recording, shape = (80, 3000)."""
+    return whisper.log_mel_spectrogram(whisper.pad_or_trim(samples(name)))
+
+
+class OwnCaches:
+    """The inference of a beam search that puts upstream's caches in order by itself."""
+
+    def __init__(self, inference: decoding.Inference) -> None:
+        self.inference = inference
+
+    def rearrange_kv_cache(self, source_indices: list[int]) -> None:
+        caches = self.inference.kv_cache
+        for module, cache in caches.items():
+            if len(cache) == len(source_indices):  # else of cross attention, for all beams
+                caches[module] = cache[source_indices].detach()
+
+
+@pytest.mark.allow_fallback
+def test_a_beam_search_that_reorders_the_caches_itself(plain, checkpoint):
+    def search(model):
+        options = decoding.DecodingOptions(language="en", fp16=False, beam_size=5)
+        task = decoding.DecodingTask(model, options)
+
+        class Search(decoding.BeamSearchDecoder):
+            """Another class: the loop is upstream's then."""
+
+        task.decoder = Search(5, task.tokenizer.eot, OwnCaches(task.inference))
+        return [result.tokens for result in task.run(mel_of("oov01")[None])]
+
+    expected = search(plain)
+    with with_fallback():
+        assert search(checkpoint) == expected
+        reasons = whisper_max.status().targets["inference"].reasons
+    assert reasons["its kv_cache was asked for"] > 0, reasons
+
+
+@pytest.mark.allow_fallback
+@torch.no_grad()
+def test_caches_rolled_back_to_try_several_continuations(plain, checkpoint):
+    def scores(model):
+        inference = decoding.PyTorchInference(model, 4)
+        assert not inference.kv_cache
+        features = model.embed_audio(mel_of("en01")[None])
+        prompt = torch.tensor([[50258, 50259, 50359, 50364]])
+        inference.logits(prompt, features)
+        kept = dict(inference.kv_cache)
+        assert len(kept) == 4 * len(model.decoder.blocks)
+        found = []
+        for token in (1222, 3086, 2738):
+            inference.kv_cache.clear()
+            inference.kv_cache.update(kept)
+            tokens = torch.cat([prompt, torch.tensor([[token]])], dim=1)
+            found.append(inference.logits(tokens, features)[0, -1])
+        inference.cleanup_caching()
+        return torch.stack(found)
+
+    expected = scores(plain)
+    with with_fallback():
+        torch.testing.assert_close(scores(checkpoint), expected, atol=1e-3, rtol=1e-4)
+
+
+# What upstream's modules come down to, and what somebody makes of its result.
+REPLACED = {
+    "Conv1d": (nn.Conv1d, "_conv_forward", lambda y: y * 2),
+    "LayerNorm": (nn.LayerNorm, "forward", lambda y: y * 1.5),
+    "GELU": (nn.GELU, "forward", torch.neg),
+    "Module": (nn.Module, "__call__", lambda y: y * 0.5 if torch.is_tensor(y) else y),
+    "linear": (F, "linear", lambda y: y * 0.5),
+    "gelu": (F, "gelu", torch.neg),
+    "layer_norm": (F, "layer_norm", lambda y: y * 1.5),
+}
+
+
+@pytest.mark.allow_fallback
+@pytest.mark.parametrize("name", REPLACED)
+@torch.no_grad()
+def test_pytorchs_own_methods_and_functions_are_replaced(model, mel, monkeypatch, name):
+    owner, attribute, change = REPLACED[name]
+    original = getattr(owner, attribute)
+
+    @functools.wraps(original)
+    def changed(*args, **options):
+        return change(original(*args, **options))
+
+    usual = model.encoder(mel)
+    with with_fallback():
+        whisper_max.accelerate(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, attribute, changed)
+            found = model.encoder(mel)
+            whisper_max.restore(model)
+            expected = model.encoder(mel)
+        assert torch.equal(found, expected)
+        assert not torch.allclose(found, usual, atol=0.1)
+        assert_on_pytorch("encoder", "was replaced")
+
+
+def test_a_model_from_before_patch_is_an_instance_of_what_has_the_classes_name(model):
+    text = str(model)
+    with on_max():
+        for part, name in ((model.encoder, "AudioEncoder"), (model.decoder, "TextDecoder")):
+            assert isinstance(part, getattr(whisper.model, name))
+        assert not isinstance(model.encoder, whisper.model.TextDecoder)
+        extended = type("Extended", (whisper.model.AudioEncoder, ABC), {})
+        assert not isinstance(model.encoder, extended)
+        whisper_max.accelerate(model)
+        assert str(model) == text
+
+
+def test_unpatch_makes_models_upstreams_that_were_made_patched():
+    whisper_max.patch()
+    made = small().build()
+    models = [made, copy.deepcopy(made), copy.copy(made), pickle.loads(pickle.dumps(made))]
+    for model in models:
+        assert type(model.encoder) is whisper.model.AudioEncoder
+    whisper_max.unpatch()
+    for model in models:
+        assert type(model.encoder) is whisper.model.AudioEncoder
+        assert type(model.decoder) is whisper.model.TextDecoder
+
+
+@pytest.mark.allow_fallback
+@pytest.mark.parametrize("obstacle", ["a dispatch mode", "too many tokens", "nothing compiled"])
+@torch.no_grad()
+def test_word_timestamps_left_to_pytorch_run_the_encoder_once(model, monkeypatch, obstacle):
+    ran = []
+    model.encoder.conv2.register_forward_hook(lambda *_: ran.append(1))
+    tokenizer = whisper.tokenizer.get_tokenizer(True, language="en")
+    text = [100] * (40 if obstacle == "too many tokens" else 3)
+    context = FlopCounterMode(display=False) if obstacle == "a dispatch mode" else nullcontext()
+
+    def align(model):
+        ran.clear()
+        arguments = (model, tokenizer, text, numbers((80, 120), 4), 100)
+        with context:
+            try:
+                words = whisper.timing.find_alignment(*arguments)
+            except (IndexError, RuntimeError) as error:
+                return type(error), len(ran)
+        return [word.word for word in words], len(ran)
+
+    expected = align(model)
+    with with_fallback():
+        whisper_max.accelerate(model)
+        if obstacle == "nothing compiled":
+            refusal = whisper_max.UnsupportedByMax("nothing is compiled")
+            monkeypatch.setattr(loading, "engine", raiser(refusal))
+        assert align(model) == expected
+        assert expected[1] == 1
+
+
+def raiser(error: Exception):
+    def fail(*args, **options):
+        raise error
+
+    return fail
+
+
 @pytest.mark.allow_fallback
 @torch.no_grad()
 def test_quantize_dynamic(model, mel):
@@ -202,8 +368,11 @@ def test_the_mapping_of_caches_is_never_half_filled(model, features):
         whisper_max.accelerate(model)
         inference = decoding.PyTorchInference(model, 4)
         inference.logits(token_rows((2, 4), 100, 1), features)
-        assert inference.kv_cache == {} and inference.hooks == []
+        assert inference.hooks == []
+        with pytest.raises(whisper_max.UnsupportedByMax, match="kv_cache was asked for"):
+            inference.kv_cache
         inference.cleanup_caching()
+        assert inference.kv_cache == {}
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -18,6 +18,7 @@ import pytest
 import whisper_max
 from whisper_max import demo, report
 from whisper_max.cli import OVERVIEW, main
+from whisper_max.cli.errors import CommandError
 from whisper_max.settings import ENVIRONMENT
 
 CHECKPOINT = str(demo.CHECKPOINT)
@@ -231,6 +232,27 @@ def test_interrupting_is_no_fault(folder, monkeypatch, capsys):
 
 
 # Help
+
+
+@pytest.mark.parametrize(
+    ("short", "name", "value"),
+    [
+        ("--comp", "compression_ratio_threshold", 2.0),
+        ("--pre", "prepend_punctuations", "2.0"),
+        ("--compression", "compression_ratio_threshold", 2.0),
+    ],
+)
+def test_shortened_options_are_whispers(monkeypatch, short, name, value):
+    """Ours begin as some of these do."""
+    taken = {}
+
+    def begin(stack, ours, theirs):
+        taken.update(vars(theirs))
+        raise CommandError("that was all")
+
+    monkeypatch.setattr("whisper_max.cli.transcribe._begin", begin)
+    main(["speech.wav", short, "2.0"])
+    assert taken[name] == value
 
 
 def test_without_arguments_the_commands_are_listed(capsys):

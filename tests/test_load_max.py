@@ -37,6 +37,20 @@ def test_nothing_is_collected_while_max_is_imported():
     assert after("whisper_max.runtime.load_max") == [0, True, 0]
 
 
+def test_what_max_tells_transformers_is_not_left_in_the_environment():
+    program = """
+import json, os
+os.environ.pop("TRANSFORMERS_VERBOSITY", None)
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "0"
+import whisper_max.runtime.load_max
+print(json.dumps([v for k, v in os.environ.items() if k.startswith("TRANSFORMERS_")]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == ["0"]
+
+
 def test_a_collector_that_is_switched_off_stays_so():
     assert after("whisper_max.runtime.load_max", "gc.disable()") == [0, False, 0]
 

@@ -35,9 +35,11 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @given(numbers=ANY)
-def test_finite_numbers_are_told_from_others(view, numbers):
+def test_numbers_below_a_limit_are_told_from_others(view, numbers):
     tensor = view(torch.from_numpy(numbers))
-    assert on_one_thread.all_finite(tensor) == bool(tensor.isfinite().all())
+    for limit in (1e15, 3.0, 0.0):
+        expected = bool((tensor.abs() <= limit).all())
+        assert on_one_thread.all_below(limit, tensor) == expected
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)

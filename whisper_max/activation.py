@@ -26,6 +26,9 @@ accelerated: WeakSet[nn.Module] = WeakSet()
 # Modules that a decode took up while their target was patched; unpatch() gives them back.
 adopted: WeakSet[nn.Module] = WeakSet()
 
+# Modules that were made, copied or unpickled as ours; unpatch() makes them upstream's.
+made: WeakSet[nn.Module] = WeakSet()
+
 # Modules that restore(model) gave back to PyTorch: a decode must not take them up again.
 released: WeakSet[nn.Module] = WeakSet()
 

@@ -18,10 +18,9 @@ from whisper.model import Whisper
 
 from . import activation, listeners, live_models, settings
 from .activation import originals
-from .changed_parts import decoder_changes
-from .conditions import bypass_reasons
+from .conditions import bypass_reasons, device_of, tensor_reasons
 from .dispatch import refuse, run
-from .text_decoder import decoder_reasons
+from .text_decoder import call_reasons, decoder_reasons
 
 if TYPE_CHECKING:
     from whisper.timing import WordTiming
@@ -114,8 +113,13 @@ class _StandIn:
         from .runtime import paths
 
         decoder = self.model.decoder
-        # Before the encoder runs, whose hooks would be called again by PyTorch.
-        refuse(decoder_changes(decoder) or listeners.places_of(decoder).reasons())
+        # Before the encoder runs, which PyTorch would run again.
+        refuse([*tensor_reasons("mel", mel, device_of(decoder)), *call_reasons(decoder, tokens)])
+        refuse(listeners.places_of(decoder).reasons())
+        shape = tuple(self.alignment_heads.shape)
+        if shape != (len(decoder.blocks), decoder.blocks[0].attn.n_head):
+            refuse([f"alignment_heads have the shape {shape}"])
+        paths.ready_to_decode(decoder, mel, settings.active())
         features = self.model.encoder(mel)
         refuse(decoder_reasons(decoder, tokens, features))
         session = paths.open_session(decoder, features, 1, settings.active())

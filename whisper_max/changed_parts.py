@@ -81,6 +81,8 @@ _SETTINGS = {
     "LayerNorm": {"eps": 1e-5, "elementwise_affine": True},
 }
 _METHODS = ("forward", "qkv_attention", "_conv_forward")
+_FUNCTIONS = ("linear", "conv1d", "gelu", "layer_norm", "softmax", "embedding")
+"""Of torch.nn.functional, which those methods call."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OTHER_HOOKS = (*HOOKS[1:], "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _LISTENERS = ("stable_whisper", "whisper_timestamped")
@@ -140,6 +142,7 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
     attention = getattr(sys.modules["whisper.model"], "scaled_dot_product_attention", None)
     if not (attention is None or isinstance(attention, BuiltinFunctionType)):
         yield "whisper.model.scaled_dot_product_attention was replaced"
+    yield from _changes_of_torch()
     positions = _own_tensor(module, "positional_embedding")
     if positions is None or positions.ndim != 2:
         yield "positional_embedding is not a matrix of its own"
@@ -167,6 +170,17 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
             told += (f"{name}.",)
     if heads:
         yield from head_reasons(heads, n_state)
+
+
+def _changes_of_torch() -> Iterator[str]:
+    """What of PyTorch itself, that upstream's modules come down to, somebody has replaced."""
+    functional = sys.modules["torch.nn.functional"]
+    for name in _FUNCTIONS:
+        function = getattr(functional, name)
+        if not isinstance(function, BuiltinFunctionType) and is_replaced(
+            function, functional.__name__
+        ):
+            yield f"torch.nn.functional.{name} was replaced"
 
 
 def head_reasons(heads: int, n_state: int) -> list[str]:
@@ -238,9 +252,9 @@ def _own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def _changed_method(cls: type) -> str | None:
-    for name in _METHODS:
-        owner = next((base for base in cls.__mro__ if name in vars(base)), None)
-        if owner is not None and _is_changed(owner, name):
+    """A method of the class, or of one that it extends and calls, which was replaced."""
+    for name in (*_METHODS, "__call__"):
+        if any(_is_changed(base, name) for base in cls.__mro__):
             return name
     return None
 

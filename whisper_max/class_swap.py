@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import copy
+from abc import ABCMeta
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from . import activation
+from .conditions import wants_gradients
 from .pickling import New
 
 
-class SwappedModule(nn.Module):
+class _NamedAsUpstream(ABCMeta):
+    """Instances of upstream's class are instances of ours, which has its name while patched.
+
+    From ABCMeta, so that subclasses may be abstract, as those of upstream's class may.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        upstream = vars(cls).get("_upstream")
+        bases = (base for base in cls.__mro__ if base.__name__ == upstream)
+        return any(type.__instancecheck__(base, instance) for base in (cls, *bases))
+
+
+class SwappedModule(nn.Module, metaclass=_NamedAsUpstream):
     """A module whose class was swapped for ours.
 
     Copies keep our class. Pickles name upstream's: they load where whisper_max is not installed,
@@ -21,6 +34,19 @@ class SwappedModule(nn.Module):
 
     _upstream: str
     """Name of the class in whisper.model that ours replaces."""
+
+    def __new__(cls, *arguments: object, **named: object) -> SwappedModule:
+        module = super().__new__(cls)
+        activation.made.add(module)
+        return module
+
+    def __setstate__(self, state: dict) -> None:
+        activation.made.add(self)  # from a pickle, which does without __new__
+        super().__setstate__(state)
+
+    def _get_name(self) -> str:
+        """For `print(model)`."""
+        return vars(type(self)).get("_upstream", type(self).__name__)
 
     def __deepcopy__(self, memo: dict) -> SwappedModule:
         twin = type(self).__new__(type(self))
@@ -49,8 +75,7 @@ class SwappedModule(nn.Module):
         model_state = activation.model_state()
         if model_state is None or not model_state.is_kept(self):
             return
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if trained or changes(self):
+        if wants_gradients(self) or changes(self):
             model_state.drop(self)
 
     def _on_the_same_path(self, twin: SwappedModule) -> SwappedModule:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _DTYPES = {"cpu": ("torch.float32",), "cuda": ("torch.float16", "torch.float32")}
 
 
+LARGEST = 1e15
+"""Of mel spectrograms and audio features: squares of what layers make of more may overflow."""
+
+
 class UnsupportedByMax(RuntimeError):
     """A call cannot run on MAX; the message has every reason.
 
@@ -85,8 +89,8 @@ def mel_reasons(mel: torch.Tensor, n_mels: int, frames: int) -> list[str]:
 
     if mel.ndim != 3 or tuple(mel.shape[1:]) != (n_mels, frames) or mel.shape[0] == 0:
         return [f"mel has shape {tuple(mel.shape)}, expected (batch, {n_mels}, {frames})"]
-    if not on_one_thread.all_finite(mel):
-        return ["mel holds values that are not finite"]
+    if not on_one_thread.all_below(LARGEST, mel):
+        return [f"mel holds values that are not finite, or beyond {LARGEST:.0e}"]
     return []
 
 
@@ -99,8 +103,8 @@ def features_reasons(features: torch.Tensor, n_audio_state: int) -> list[str]:
             f"audio features have shape {tuple(features.shape)}, "
             f"expected (batch, n_audio_ctx, {n_audio_state})"
         ]
-    if not on_one_thread.all_finite(features):
-        return ["audio features hold values that are not finite"]
+    if not on_one_thread.all_below(LARGEST, features):
+        return [f"audio features hold values that are not finite, or beyond {LARGEST:.0e}"]
     return []
 
 
@@ -151,9 +155,18 @@ def context_reasons(module: nn.Module) -> list[str]:
         ),
     }
     found = [reason for reason, holds in reasons.items() if holds]
-    if not found and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+    if not found and wants_gradients(module):
         found.append("gradients are wanted: wrap the call in torch.no_grad()")
     return found
+
+
+def wants_gradients(module: nn.Module) -> bool:
+    """Whether PyTorch would record what this module computes."""
+    import torch
+
+    return torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
 def _function_mode_is_on() -> bool:

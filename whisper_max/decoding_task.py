@@ -23,7 +23,7 @@ def max_run(self: DecodingTask, mel: Tensor) -> list[DecodingResult]:
     mel : torch.Tensor, shape = (windows, n_mels, 2 * n_audio_ctx)
         log-mel spectrograms; or encoded audio, (windows, n_audio_ctx, n_audio_state)
     """
-    several = len(mel) > 1 and self.n_group > 1 and type(self) is DecodingTask
+    several = type(self) is DecodingTask and self.n_group > 1 and mel.shape[0] > 1
     with on_one_thread.decode() if _computes_little(self) else nullcontext():
         if not several or activation.why_off("decoding_loop") is not None:
             return upstream_run(self, mel)

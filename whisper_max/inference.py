@@ -34,13 +34,32 @@ class MaxInference(UpstreamInference):
     """
 
     def __init__(self, model: Whisper, initial_token_length: int) -> None:
-        super().__init__(model, initial_token_length)
-        live_models.adopt(model)
         self.session: Session | None = None
         self._torch_reasons: list[str] | None = None
         self._features: Tensor | None = None
         self._decoded: Tensor | None = None
+        super().__init__(model, initial_token_length)
+        live_models.adopt(model)
         self._listening: listeners.Places | None = None
+
+    @property
+    def kv_cache(self) -> dict:
+        """Upstream's caches, by module; empty before the first step.
+
+        Who asks for them in a decode on MAX may change them: PyTorch fills them, and goes on. In
+        mode "strict" UnsupportedByMax is raised instead.
+        """
+        if self.session is not None and self._decoded is not None:
+            reasons = ["its kv_cache was asked for"]
+            if settings.active().mode == "strict":
+                refuse(reasons)
+            self.leave_to_pytorch(reasons)
+            self._fill_caches()
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, caches: dict) -> None:
+        self._kv_cache = caches
 
     def logits(self, tokens: Tensor, audio_features: Tensor) -> Tensor:
         """Logits of all new tokens, as upstream's `PyTorchInference.logits`.
@@ -89,9 +108,9 @@ class MaxInference(UpstreamInference):
 
     def cleanup_caching(self) -> None:
         """Ends the decode; the next one chooses its path anew."""
-        super().cleanup_caching()
         on_one_thread.release()
         self.session = None
+        super().cleanup_caching()
         self._torch_reasons = None
         self._features = self._decoded = self._listening = None
 
@@ -155,11 +174,14 @@ class MaxInference(UpstreamInference):
     def _resume(self, tokens: Tensor, audio_features: Tensor, hooks: listeners.Pass) -> Tensor:
         """PyTorch takes over in the middle: what MAX has decoded goes into its caches first."""
         if self._decoded is not None:
-            self.kv_cache, self.hooks = self.model.install_kv_cache_hooks()
-            with self._listening.silenced():  # they have heard of it
-                self.model.decoder(self._decoded, self._features, kv_cache=self.kv_cache)
+            self._fill_caches()
         with hooks.on_pytorch():
             return super().logits(tokens, audio_features)
+
+    def _fill_caches(self) -> None:
+        self.kv_cache, self.hooks = self.model.install_kv_cache_hooks()
+        with self._listening.silenced():  # they have heard of it
+            self.model.decoder(self._decoded, self._features, kv_cache=self.kv_cache)
 
 
 def inference_reasons(

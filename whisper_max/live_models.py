@@ -95,8 +95,8 @@ def adopt(model: nn.Module) -> None:
 def release_adopted() -> None:
     """Swap back what `adopt` swapped: the state of live models before patch().
 
-    Models made while patched keep our class, which is upstream's in all but name now; what MAX
-    kept for them is freed.
+    Models made while patched keep our class, which is upstream's in all but name now, for the next
+    patch(); what MAX kept for them is freed.
     """
     for module in list(activation.adopted):
         if module not in activation.accelerated:
@@ -107,9 +107,9 @@ def release_adopted() -> None:
 
 
 def restore_all() -> None:
-    """Swap back every live model, whether a decode or accelerate(model) took it up."""
+    """Swap back every live model: taken up by a decode or accelerate(model), or made patched."""
     release_adopted()
-    for module in list(activation.accelerated):
+    for module in [*activation.accelerated, *activation.made]:
         _swap_back(module)
 
 

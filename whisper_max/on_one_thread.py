@@ -98,11 +98,11 @@ def interrupted() -> Iterator[None]:
 _pytorch = ctypes.CDLL(torch._C.__file__)  # and the OpenMP library that PyTorch itself uses
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no number is infinite or NaN; the tensor is not empty."""
+def all_below(limit: float, tensor: Tensor) -> bool:
+    """Whether no number is NaN, or larger in magnitude; the tensor is not empty."""
     with only_this_thread():
-        # Extremes of numbers with a NaN among them are NaN.
-        return all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
+        # Extremes of numbers with a NaN among them are NaN, which is below nothing.
+        return all(bool(extreme.abs() <= limit) for extreme in tensor.detach().aminmax())
 
 
 def copy(tensor: Tensor) -> Tensor:

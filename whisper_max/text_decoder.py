@@ -66,20 +66,27 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
         return hooks.decoder(listeners.places_of(self), session, tokens, features)
 
 
-def decoder_reasons(decoder: TextDecoder, tokens: Tensor, features: Tensor) -> list[str]:
-    """Reasons against decoding these tokens with these audio features on MAX."""
+def call_reasons(decoder: TextDecoder, tokens: Tensor) -> list[str]:
+    """Reasons against decoding these tokens on MAX, whatever the audio features."""
     device = device_of(decoder)
-    reasons = context_reasons(decoder) or device_reasons(device, settings.active().device) or [
-        *tensor_reasons("audio features", features, device),
-        *decoder_changes(decoder),
-    ]
+    reasons = (
+        context_reasons(decoder)
+        or device_reasons(device, settings.active().device)
+        or decoder_changes(decoder)
+    )
     if reasons:
         return reasons
-    n_text_ctx, n_state = decoder.positional_embedding.shape
-    reasons = [
-        *tokens_reasons(tokens, n_text_ctx, len(decoder.token_embedding.weight), device),
-        *features_reasons(features, n_state),
-    ]
+    n_text_ctx = len(decoder.positional_embedding)
+    return tokens_reasons(tokens, n_text_ctx, len(decoder.token_embedding.weight), device)
+
+
+def decoder_reasons(decoder: TextDecoder, tokens: Tensor, features: Tensor) -> list[str]:
+    """Reasons against decoding these tokens with these audio features on MAX."""
+    reasons = call_reasons(decoder, tokens)
+    if reasons:
+        return reasons
+    reasons = tensor_reasons("audio features", features, device_of(decoder))
+    reasons = reasons or features_reasons(features, decoder.positional_embedding.shape[1])
     if not reasons and len(features) not in (1, len(tokens)):
         reasons.append(
             f"{len(tokens)} rows of tokens do not go with {len(features)} windows of audio"

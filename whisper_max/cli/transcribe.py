@@ -100,10 +100,16 @@ class UpstreamParser(Parser):
                 "--profile", action="store_true", help="print at the end what ran where, to stderr"
             ),
         ]
+        self._ours = added
         options = vars(super().parse_args(self.arguments))
         taken = {action.dest: options.pop(action.dest) for action in added}
         self.begin(argparse.Namespace(**taken), argparse.Namespace(**options))
         return argparse.Namespace(**options)
+
+    def _get_option_tuples(self, option_string: str) -> list[tuple]:
+        """Options that begin so: whisper's, if there are any, as in its own command."""
+        found = super()._get_option_tuples(option_string)
+        return [match for match in found if match[0] not in self._ours] or found
 
     def format_help(self) -> str:
         """All commands, then all options of a transcription."""

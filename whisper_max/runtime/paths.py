@@ -44,6 +44,23 @@ def encode(encoder: nn.Module, mel: Tensor, settings: Settings) -> Tensor:
     return on_one_thread.copy(features)  # the caller's own, to change as it likes
 
 
+def ready_to_decode(decoder: nn.Module, mel: Tensor, settings: Settings) -> None:
+    """Packs a TextDecoder's weights, if they are not, before the audio is encoded.
+
+    mel : shape = (batch, n_mels, 2 * n_audio_ctx), on the decoder's device
+
+    Raises UnsupportedByMax while there is no engine, or where the weights cannot be taken.
+    """
+    place = _place_of(mel.device)
+    if place is None:
+        state_of(decoder, "decoder").ready(decoder, settings)
+        return
+    from .gpu.state import GpuState, text_sizes
+
+    sizes = text_sizes(decoder, mel.shape[-1] // 2)
+    state_of(decoder, "decoder", GpuState).ready(decoder, settings, place, sizes, mel.dtype)
+
+
 def open_session(
     decoder: nn.Module, features: Tensor, rows: int, settings: Settings
 ) -> Session:
