@@ -42,6 +42,7 @@ COMPARISONS = {
 BINARY = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "min": np.fmin, "max": np.fmax, "div": np.divide,
+    "copysign": lambda sign, value: np.copysign(value, sign),
 }
 UNARY = {
     "neg": np.negative, "abs": np.abs, "not": np.invert, "ex2": np.exp2,

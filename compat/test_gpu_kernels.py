@@ -27,6 +27,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 # Of a result's error, in parts of the largest value. Half precision rounds the result, and tiles
 # round weights.
 BOUNDS = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-21}
+ROUNDED = {"float16": 2**-11, "bfloat16": 2**-8}
+"""Once, at the end."""
 THREADS = {"tiles": 128, "lanes 1": 512, "lanes 8": 256}
 """Of a block."""
 QUERIES = {"tiles": 128, "lanes 1": 1, "lanes 8": 8}
@@ -109,6 +111,17 @@ class Case:
         return output
 
 
+def run_rows(
+    kernel: Kernel, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, added: torch.Tensor
+) -> torch.Tensor:
+    """What the kernel for few rows makes of (rows, in), (out, in), (out,) and (rows, out)."""
+    output = torch.full((len(x), len(weight)), torch.nan, dtype=x.dtype)
+    arrays = [bits(part) for part in (output, x, weight, bias, added)]
+    grid = (-(-len(weight) // 16), -(-len(x) // 8), 1)
+    kernel.launch(grid, 256, [*arrays, len(x), *weight.shape])
+    return output
+
+
 def bits(tensor: torch.Tensor) -> np.ndarray:
     """A tensor's memory."""
     return tensor.view(torch.uint8).numpy()
@@ -155,6 +168,33 @@ def test_tiles(kernels, dtype, queries, further, drawn):
 )
 def test_lanes(kernels, way, dtype, queries, further, drawn):
     check(kernels, way, Case(dtype, queries=queries, keys=queries + further, **drawn))
+
+
+@settings(max_examples=12)
+@given(
+    st.sampled_from(["float16", "bfloat16"]),
+    st.sampled_from(["", " biased", " biased gelu", " biased adding"]),
+    st.integers(1, 18),
+    st.integers(1, 40),
+    st.integers(1, 48).map(lambda i: 32 * i),
+    seeds,
+)
+def test_few_rows(kernels, dtype, kind, rows, outputs, length, seed):
+    kernel = kernels[f"rows {dtype}{kind}"]
+    x, weight, bias, added = (
+        numbers(shape, seed + i).to(DTYPES[dtype])
+        for i, shape in enumerate([(rows, length), (outputs, length), (outputs,), (rows, outputs)])
+    )
+    weight /= length**0.5
+    expected = x.double() @ weight.double().T
+    if "biased" in kind:
+        expected += bias.double()
+    if "gelu" in kind:
+        expected = torch.nn.functional.gelu(expected)
+    if "adding" in kind:
+        expected += added.double()
+    error = (run_rows(kernel, x, weight, bias, added).double() - expected).abs()
+    assert (error <= ROUNDED[dtype] * expected.abs() + 2**-18).all()
 
 
 WINDOW = {"batch": 1, "heads": 1, "heads_first": False, "causal": False, "gain": 1.0, "seed": 3}

@@ -83,7 +83,9 @@ def decoder_step(
     operands = _Operands(name, module, library, target, types, cached=True)
     with operands.graph as graph:
         tokens, positions, parents, mask, rules = operands.tensors
-        decoder = Decoder(operands, tokens, positions, parents)
+        # Their kernel is for half precision; on a CPU, where graphs are only tried, for any.
+        few_rows = target.dtype != DType.float32 or target.device.is_cpu()
+        decoder = Decoder(operands, tokens, positions, parents, few_rows=few_rows)
         logits = decoder.logits(decoder.forward())
         graph.output(*select(logits, mask, rules.reshape((logits.shape[0], 5)), ranked))
     return graph
@@ -152,9 +154,11 @@ class Decoder:
         tokens: TensorValue,
         positions: TensorValue,
         parents: TensorValue | None,
+        *,
+        few_rows: bool = False,
     ) -> None:
         self.sizes, self.dtype = operands.target.sizes, operands.target.dtype
-        self.layer = Layers(operands.weights)
+        self.layer = Layers(operands.weights, few_rows=few_rows)
         self.cache, self.cross = operands.cache, operands.cross
         self.windows, self.beams, self.count = tokens.shape
         self.rows = self.windows * self.beams
@@ -203,23 +207,22 @@ class Decoder:
     ) -> tuple[TensorValue, TensorValue | None]:
         """`ResidualAttentionBlock`; also the raw scores of its cross attention."""
         layer, name = self.layer, f"decoder.blocks.{number}"
-        x = x + self._self_attention(layer.layer_norm(x, f"{name}.attn_ln"), number)
-        y = layer.layer_norm(x, f"{name}.cross_attn_ln")
-        y, scores = self._cross_attention(y, number, with_scores=with_scores)
-        x = x + y
-        return x + layer.mlp(layer.layer_norm(x, f"{name}.mlp_ln"), f"{name}.mlp"), scores
+        x = self._self_attention(x, number)
+        x, scores = self._cross_attention(x, number, with_scores=with_scores)
+        return layer.mlp(layer.layer_norm(x, f"{name}.mlp_ln"), f"{name}.mlp", x), scores
 
     def _self_attention(self, x: TensorValue, number: int) -> TensorValue:
         name = f"decoder.blocks.{number}.attn"
+        normed = self.layer.layer_norm(x, f"{name}_ln")
         q, k, v = (
-            split_heads(self.layer.linear(x, f"{name}.{part}"))
+            split_heads(self.layer.linear(normed, f"{name}.{part}"))
             for part in ("query", "key", "value")
         )
         if self.cache:
             caches = self.cache[2 * number : 2 * number + 2]
             k, v = append(*caches, k, v, self.positions, self.parents)
         values = attention(q, k, v, self.positions, heads_first=bool(self.cache))
-        return self.layer.linear(merge_heads(values), f"{name}.out")
+        return self.layer.linear(merge_heads(values), f"{name}.out", added=x)
 
     def _cross_attention(
         self, x: TensorValue, number: int, *, with_scores: bool
@@ -227,7 +230,7 @@ class Decoder:
         """The queries of a window's beams side by side: its keys and values are read once."""
         name = f"decoder.blocks.{number}.cross_attn"
         state = self.sizes.n_text_state
-        queries = self.layer.linear(x, f"{name}.query")
+        queries = self.layer.linear(self.layer.layer_norm(x, f"{name}_ln"), f"{name}.query")
         together = split_heads(queries.reshape((self.windows, self.beams * self.count, state)))
         keys, values = self.cross[2 * number : 2 * number + 2]
         if with_scores:
@@ -235,4 +238,4 @@ class Decoder:
         else:
             values, scores = attention(together, keys, values, heads_first=True), None
         apart = merge_heads(values).reshape((self.rows, self.count, state))
-        return self.layer.linear(apart, f"{name}.out"), scores
+        return self.layer.linear(apart, f"{name}.out", added=x), scores

@@ -42,5 +42,5 @@ def _block(layer: Layers, x: TensorValue, name: str) -> TensorValue:
     q, k, v = (
         split_heads(layer.linear(y, f"{name}.attn.{part}")) for part in ("query", "key", "value")
     )
-    x = x + layer.linear(merge_heads(attention(q, k, v)), f"{name}.attn.out")
-    return x + layer.mlp(layer.layer_norm(x, f"{name}.mlp_ln"), f"{name}.mlp")
+    x = layer.linear(merge_heads(attention(q, k, v)), f"{name}.attn.out", added=x)
+    return layer.mlp(layer.layer_norm(x, f"{name}.mlp_ln"), f"{name}.mlp", x)

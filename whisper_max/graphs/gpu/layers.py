@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from max.dtype import DType
-from max.graph import BufferValue, TensorValue, ops
+from max.graph import BufferValue, TensorType, TensorValue, ops
 
 from ..specification import HEAD_DIM
 
@@ -18,24 +18,41 @@ class Layers:
     """The weights of a graph, applied under upstream's names.
 
     weights : by the names in the model's state_dict
+    few_rows : whether linear layers get rows of single tokens, as in a step
     """
 
-    def __init__(self, weights: Mapping[str, TensorValue]) -> None:
+    def __init__(self, weights: Mapping[str, TensorValue], *, few_rows: bool = False) -> None:
         self.weights = weights
+        self.few_rows = few_rows
 
     def layer_norm(self, x: TensorValue, name: str) -> TensorValue:
         """In float32, as upstream's, whatever x is."""
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
         return ops.layer_norm(x.cast(DType.float32), weight, bias, NORM_EPSILON).cast(x.dtype)
 
-    def linear(self, x: TensorValue, name: str) -> TensorValue:
-        """x, shape = (..., in) -> (..., out)."""
-        return self.project(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+    def linear(
+        self,
+        x: TensorValue,
+        name: str,
+        *,
+        activated: bool = False,
+        added: TensorValue | None = None,
+    ) -> TensorValue:
+        """x, shape = (..., in) -> (..., out); then GELU, if `activated`, and a sum, if `added`."""
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        if self.few_rows:
+            return _few_rows(x, weight, bias, activated, added)
+        y = self.project(x, weight, bias)
+        if activated:
+            y = gelu(y)
+        return y if added is None else added + y
 
     def project(
         self, x: TensorValue, weight: TensorValue, bias: TensorValue | None = None
     ) -> TensorValue:
         """x @ weight.T + bias; weight, shape = (out, in)."""
+        if self.few_rows:
+            return _few_rows(x, weight, bias, False, None)
         # One product of two matrices: of more dimensions it would be a batch of small ones.
         y = x.reshape((-1, x.shape[-1])) @ weight.T
         if bias is not None:
@@ -63,9 +80,39 @@ class Layers:
         matrix = weight.permute([0, 2, 1]).reshape((weight.shape[0], -1))  # (out, 3 * in)
         return self.project(neighbours, matrix, bias)
 
-    def mlp(self, x: TensorValue, name: str) -> TensorValue:
+    def mlp(self, x: TensorValue, name: str, added: TensorValue) -> TensorValue:
         """Two linear layers, four times as wide between them."""
-        return self.linear(gelu(self.linear(x, f"{name}.0")), f"{name}.2")
+        return self.linear(self.linear(x, f"{name}.0", activated=True), f"{name}.2", added=added)
+
+
+def _few_rows(
+    x: TensorValue,
+    weight: TensorValue,
+    bias: TensorValue | None,
+    activated: bool,
+    added: TensorValue | None,
+) -> TensorValue:
+    """A linear layer, and what comes after it, of few rows: gpu_kernels/few_rows.mojo."""
+    rows = x.reshape((-1, x.shape[-1]))
+    shape = (rows.shape[0], weight.shape[0])
+    none = ops.broadcast_to(ops.constant(0, x.dtype, device=x.device), (1,))
+    y = ops.custom(
+        "whisper_few_rows",
+        x.device,
+        [
+            rows,
+            weight,
+            none if bias is None else bias,
+            rows if added is None else added.reshape(shape),
+        ],
+        [TensorType(x.dtype, shape, x.device)],
+        parameters={
+            "biased": bias is not None,
+            "gelu": activated,
+            "adding": added is not None,
+        },
+    )[0].tensor
+    return y.reshape((*x.shape[:-1], weight.shape[0]))
 
 
 def gelu(x: TensorValue) -> TensorValue:
