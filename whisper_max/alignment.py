@@ -114,7 +114,7 @@ class _StandIn:
 
         decoder = self.model.decoder
         # Before the encoder runs, which PyTorch would run again.
-        refuse([*tensor_reasons("mel", mel, device_of(decoder)), *call_reasons(decoder, tokens)])
+        refuse(call_reasons(decoder, tokens) or tensor_reasons("mel", mel, device_of(decoder)))
         refuse(listeners.places_of(decoder).reasons())
         shape = tuple(self.alignment_heads.shape)
         if shape != (len(decoder.blocks), decoder.blocks[0].attn.n_head):
