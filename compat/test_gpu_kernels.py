@@ -158,7 +158,7 @@ def test_tiles(kernels, dtype, queries, further, drawn):
     check(kernels, "tiles", Case(dtype, queries=queries, keys=queries + further, **drawn))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     st.sampled_from(["lanes 1", "lanes 8"]),
     st.sampled_from(list(DTYPES)),
@@ -250,6 +250,7 @@ def test_the_whole_warp_comes_to_what_needs_it(texts):
         assert {count for count in counts if any(count)} == {(128, 32)}
 
 
+@pytest.mark.parametrize("texts", ["sm_90a"], indirect=True)
 @pytest.mark.parametrize(
     ("way", "what"),
     [
