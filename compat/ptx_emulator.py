@@ -226,6 +226,14 @@ class Block:
                 raise Fault("a barrier that some warps never reach")
             running = left
 
+    def access(
+        self, addresses: np.ndarray, size: int, shared: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The memory that all these addresses are in, and the places there: (lanes, size)."""
+        if shared:
+            return self.shared, self.within_shared(addresses, size)
+        return self.memory.access(addresses, size)
+
     def within_shared(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """The places of these addresses, shape = (lanes, size)."""
         if (addresses < SHARED_BASE).any() or (addresses + size > len(self.shared)).any():
@@ -532,11 +540,7 @@ class Reader:
         address = self.address(instruction.operands[1], "u32" if shared else "u64")
 
         def load(warp: Warp, lanes: np.ndarray) -> None:
-            active = address(warp)[lanes]
-            if shared:
-                array, places = warp.block.shared, warp.block.within_shared(active, size)
-            else:
-                array, places = warp.block.memory.access(active, size)
+            array, places = warp.block.access(address(warp)[lanes], size, shared)
             found = array[places].view(kind)
             for i, write in enumerate(writes):
                 value = np.zeros(LANES, kind)
@@ -554,11 +558,7 @@ class Reader:
         address = self.address(instruction.operands[0], "u32" if shared else "u64")
 
         def store(warp: Warp, lanes: np.ndarray) -> None:
-            active = address(warp)[lanes]
-            if shared:
-                array, places = warp.block.shared, warp.block.within_shared(active, size)
-            else:
-                array, places = warp.block.memory.access(active, size)
+            array, places = warp.block.access(address(warp)[lanes], size, shared)
             values = np.stack([read(warp)[lanes] for read in reads], axis=1)
             array[places] = values.view(np.uint8)
 
