@@ -180,7 +180,7 @@ class GlobalMemory:
         self.bytes = [array.reshape(-1).view(np.uint8) for array in arrays]
         self.addresses = [FIRST_ADDRESS + i * APART for i in range(len(arrays))]
 
-    def access(self, addresses: np.ndarray, size: int) -> np.ndarray:
+    def access(self, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """The array that all these addresses are in, and the places there: (lanes, size)."""
         numbers = (addresses - FIRST_ADDRESS) // APART
         array = self.bytes[int(numbers[0])] if numbers[0] < len(self.bytes) else np.zeros(0)
@@ -321,11 +321,7 @@ class Reader:
             return dtype.type(self.kernel.symbols[text])
         if bits := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
             return np.array(int(bits[2], 16), f"u{dtype.itemsize}").view(dtype)[()]
-        if dtype == np.bool_:
-            return np.bool_(int(text))
-        if dtype.kind == "f":
-            # An integer's bits, as for a register of that size.
-            return np.array(int(text, 0), f"u{dtype.itemsize}").view(dtype)[()]
+        # An integer's bits, whatever the type.
         value = int(text.rstrip("U"), 0) % (1 << (8 * dtype.itemsize))
         return np.array(value, f"u{dtype.itemsize}").view(dtype)[()]
 

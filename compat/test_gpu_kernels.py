@@ -105,9 +105,7 @@ class Case:
         output = torch.full_like(self.q, torch.nan)
         arrays = [bits(part) for part in (output, self.q, k, v, self.last_seen)]
         grid = (-(-queries // QUERIES[way]), heads, batch)
-        kernel.launch(
-            grid, THREADS[way], [*arrays, queries, keys, heads, *apart], seed
-        )
+        kernel.launch(grid, THREADS[way], [*arrays, queries, keys, heads, *apart], seed)
         return output
 
 

@@ -20,7 +20,7 @@ from . import activation, listeners, live_models, settings
 from .activation import originals
 from .conditions import bypass_reasons, device_of, tensor_reasons
 from .dispatch import refuse, run
-from .text_decoder import call_reasons, decoder_reasons
+from .text_decoder import audio_reasons, call_reasons
 
 if TYPE_CHECKING:
     from whisper.timing import WordTiming
@@ -121,7 +121,7 @@ class _StandIn:
             refuse([f"alignment_heads have the shape {shape}"])
         paths.ready_to_decode(decoder, mel, settings.active())
         features = self.model.encoder(mel)
-        refuse(decoder_reasons(decoder, tokens, features))
+        refuse(audio_reasons(decoder, tokens, features))
         session = paths.open_session(decoder, features, 1, settings.active())
         heads = self.alignment_heads.indices().T.tolist()
         logits, scores = session.align(tokens, heads)

@@ -82,9 +82,11 @@ def call_reasons(decoder: TextDecoder, tokens: Tensor) -> list[str]:
 
 def decoder_reasons(decoder: TextDecoder, tokens: Tensor, features: Tensor) -> list[str]:
     """Reasons against decoding these tokens with these audio features on MAX."""
-    reasons = call_reasons(decoder, tokens)
-    if reasons:
-        return reasons
+    return call_reasons(decoder, tokens) or audio_reasons(decoder, tokens, features)
+
+
+def audio_reasons(decoder: TextDecoder, tokens: Tensor, features: Tensor) -> list[str]:
+    """Those that lie in the features, for tokens that nothing is against."""
     reasons = tensor_reasons("audio features", features, device_of(decoder))
     reasons = reasons or features_reasons(features, decoder.positional_embedding.shape[1])
     if not reasons and len(features) not in (1, len(tokens)):
