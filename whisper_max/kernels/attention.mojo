@@ -8,8 +8,9 @@ the score matrix of a window is never formed.
 """
 
 from std.math import align_up, ceildiv, exp
-from std.memory import bitcast, unsafe_stack_allocation
+from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
+from std.sys import llvm_intrinsic
 
 from .gemm import AHEAD, F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
 from .packing import LINES, store_turned
@@ -25,8 +26,9 @@ comptime SCORE_PADDING = 16
 """Added to the row distance of the scores: rows of a tile fall into different cache sets."""
 
 comptime LOG2_E: Float32 = 1.44269504
-comptime INTEGER: Float32 = 12582912
-"""1.5 * 2^23: a sum with it is an integer, which its lowest bits hold."""
+comptime FLOOR = 1
+comptime CURRENT_ROUNDING = 4
+"""How AVX-512's instructions are told to round: down; and as the thread does otherwise."""
 
 comptime MASKED: Float32 = -3.0e38
 """A score that softmax turns into zero."""
@@ -124,24 +126,40 @@ def pack_values[
 
 
 @always_inline
-def softmax[rounded: Bool = False](scores: Floats, count: Int, length: Int) -> Float32:
-    """Exponentiates `scores[:count]` less their maximum, clears the rest up to `length`.
+def higher[width: Int](a: SIMD[F32, width], b: SIMD[F32, width]) -> SIMD[F32, width]:
+    """The higher of each two; where one is not a number, `b`: one instruction, unlike `max`."""
+    return a.gt(b).select(a, b)
 
-    Returns the sum. `length` is a multiple of a panel, so that vectors overlap. Where `rounded`,
-    what is stored is bfloat16, from the beginning of the scores on.
-    """
-    for i in range(count, length):
-        scores.unsafe_offset(i).unsafe_store(MASKED)
+
+@always_inline
+def highest_of(scores: Floats, length: Int) -> Float32:
+    """The highest of `length` scores, a multiple of a panel."""
     var highest = SIMD[F32, PANEL](MASKED)
     for i in range(0, length, PANEL):
-        highest = max(highest, scores.unsafe_offset(i).unsafe_load[width=PANEL]())
-    var shift = highest.reduce_max()
+        highest = higher[PANEL](scores.unsafe_offset(i).unsafe_load[width=PANEL](), highest)
+    return highest.reduce_max()
+
+
+@always_inline
+def mask(scores: Floats, count: Int, length: Int):
+    """Leaves out the scores from `count` on."""
+    for i in range(count, length):
+        scores.unsafe_offset(i).unsafe_store(MASKED)
+
+
+@always_inline
+def softmax[rounded: Bool = False](scores: Floats, length: Int, highest: Float32) -> Float32:
+    """Exponentiates `scores[:length]` less the highest of them; returns the sum.
+
+    `length` is a multiple of a panel, so that vectors overlap. Where `rounded`, what is stored is
+    bfloat16, from the beginning of the scores on.
+    """
     var to = Packed[BF16](unsafe_from_address=Int(scores))
     var total = SIMD[F32, PANEL](0)
     for i in range(0, length, PANEL):
-        var x = scores.unsafe_offset(i).unsafe_load[width=PANEL]() - shift
+        var x = scores.unsafe_offset(i).unsafe_load[width=PANEL]() - highest
         comptime if rounded:
-            var e = rough_exp[PANEL](x)
+            var e = rough_exp(x)
             to.unsafe_offset(i).unsafe_store(e.cast[BF16]())
             total += e
         else:
@@ -152,23 +170,27 @@ def softmax[rounded: Bool = False](scores: Floats, count: Int, length: Int) -> F
 
 
 @always_inline
-def rough_exp[width: Int](x: SIMD[F32, width]) -> SIMD[F32, width]:
-    """Approximates exp(x) of x up to 80: relative error below 1e-4; at least 2^-126.
+def rough_exp(x: SIMD[F32, PANEL]) -> SIMD[F32, PANEL]:
+    """Approximates exp(x): relative error below 1e-4, a 20th of that of rounding to bfloat16.
 
-    A 20th of the error of rounding to bfloat16. A power of two, of which the integer is added to
-    the exponent, and the rest a polynomial.
+    2^p is 2^floor(p), by which AVX-512 scales, times a polynomial of what floor takes away.
     """
-    comptime Vector = SIMD[F32, width]
-    var power = x * LOG2_E
-    power = power.lt(Vector(-126)).select(Vector(-126), power)  # NaN stays
-    var shifted = power + INTEGER  # the sum has no room for fractions
-    var rest = power - (shifted - INTEGER)
-    var result = Vector(0.05517167)
-    result = result.fma(rest, Vector(0.24261114))
-    result = result.fma(rest, Vector(0.69326097))
-    result = result.fma(rest, Vector(0.99992806))
-    var exponent = bitcast[DType.int32, width](shifted) << 23
-    return bitcast[F32, width](bitcast[DType.int32, width](result) + exponent)
+    var result = SIMD[F32, PANEL](0)
+    comptime for half in range(0, PANEL, WORDS):
+        comptime Vector = SIMD[F32, WORDS]
+        var power = x.slice[WORDS, offset=half]() * LOG2_E
+        var rest = llvm_intrinsic["llvm.x86.avx512.mask.reduce.ps.512", Vector](
+            power, Int32(FLOOR), power, Int16(-1), Int32(CURRENT_ROUNDING)
+        )
+        var y = Vector(0.07802452)
+        y = y.fma(rest, Vector(0.22606718))
+        y = y.fma(rest, Vector(0.69583352))
+        y = y.fma(rest, Vector(0.99992523))
+        y = llvm_intrinsic["llvm.x86.avx512.mask.scalef.ps.512", Vector](
+            y, power, y, Int16(-1), Int32(CURRENT_ROUNDING)
+        )
+        result = result.insert[offset=half](y)
+    return result
 
 
 @fieldwise_init
@@ -214,20 +236,65 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     def tile[rows: Int](self, scores: Floats, stride: Int, row: Int):
         """Attends with `rows` rows from `row` on."""
         var length = padded(self.frames)
+        var highest = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
+        for i in range(0, rows * PANEL, Self.width):
+            highest.unsafe_offset(i).unsafe_store(SIMD[F32, Self.width](MASKED))
         comptime if Self.type == BF16:
-            self.score_pairs[rows](scores, stride, row)
+            self.score_pairs[rows](scores, stride, row, raw(highest))
         else:
-            self.score[rows](scores, stride, row)
+            self.score[rows](scores, stride, row, raw(highest))
         self.keep_scores(scores, stride, row, rows)
         var totals = Array[Float32, rows](fill=0)
-        comptime for r in range(rows):
+        for r in range(rows):
             totals[r] = softmax[Self.type == BF16](
-                scores.unsafe_offset(r * stride), self.frames, length
+                scores.unsafe_offset(r * stride),
+                length,
+                highest_of(raw(highest).unsafe_offset(r * PANEL), PANEL),
             )
         comptime if Self.type == BF16:
             self.mix_pairs[rows](scores, stride, totals, row)
         else:
             self.mix[rows](scores, stride, totals, row)
+
+    @always_inline
+    def take_scores[
+        rows: Int, lanes: Int
+    ](
+        self,
+        sums: Array[SIMD[F32, lanes], 2 * rows],
+        scores: Floats,
+        stride: Int,
+        frame: Int,
+        highest: Floats,
+    ):
+        """Stores the scores of `2 * lanes` frames of a panel, and how high they are.
+
+        Keys that only fill the last panel up are masked.
+        """
+        var at = scores.unsafe_offset(frame)
+        if frame + 2 * lanes > self.frames:
+            comptime for r in range(rows):
+                var line = at.unsafe_offset(r * stride)
+                line.unsafe_store(sums[2 * r])
+                line.unsafe_offset(lanes).unsafe_store(sums[2 * r + 1])
+                mask(line, max(0, self.frames - frame), 2 * lanes)
+                var high = highest.unsafe_offset(r * PANEL)
+                comptime for half in range(0, 2 * lanes, lanes):
+                    high.unsafe_store(
+                        higher[lanes](
+                            line.unsafe_offset(half).unsafe_load[width=lanes](),
+                            high.unsafe_load[width=lanes](),
+                        )
+                    )
+            return
+        comptime for r in range(rows):
+            var line = at.unsafe_offset(r * stride)
+            line.unsafe_store(sums[2 * r])
+            line.unsafe_offset(lanes).unsafe_store(sums[2 * r + 1])
+            var high = highest.unsafe_offset(r * PANEL)
+            high.unsafe_store(
+                higher[lanes](higher[lanes](sums[2 * r], sums[2 * r + 1]), high.unsafe_load[width=lanes]())
+            )
 
     @always_inline
     def keep_scores(self, scores: Floats, stride: Int, row: Int, rows: Int):
@@ -250,11 +317,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         var totals = unsafe_stack_allocation[SIDE, Float32]()
         var sums = unsafe_stack_allocation[SIDE * PANEL, Float32, alignment=64]()
         for r in range(rows):
-            var source = self.query.unsafe_offset((row + r) * self.query_stride)
-            comptime for d in range(0, HEAD_DIM, WORDS):
-                line.unsafe_offset(d).unsafe_store(
-                    source.unsafe_offset(d).unsafe_load[width=WORDS]() * SCALE
-                )
+            self.take_query(row + r, raw(line))
             store_bfloat16[parts](
                 raw(line), raw(query).unsafe_offset(r * parts * HEAD_DIM), HEAD_DIM
             )
@@ -272,8 +335,9 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         var weights = Packed[BF16](unsafe_from_address=Int(scores))
         for r in range(rows):
             var scores_of_row = scores.unsafe_offset(r * stride)
+            mask(scores_of_row, self.frames, length)
             totals.unsafe_offset(r).unsafe_store(
-                softmax[parts == 1](scores_of_row, self.frames, length)
+                softmax[parts == 1](scores_of_row, length, highest_of(scores_of_row, length))
             )
             comptime if parts > 1:
                 store_bfloat16[parts](scores_of_row, weights.unsafe_offset(2 * r * stride), length)
@@ -299,44 +363,50 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         return AHEAD if 1 < rows and rows < tile_rows[Self.width]() else 0
 
     @always_inline
-    def score[rows: Int](self, scores: Floats, stride: Int, row: Int):
+    def take_query(self, row: Int, to: Floats):
+        """Copies one row of the queries, scaled."""
+        var source = self.query.unsafe_offset(row * self.query_stride)
+        comptime for d in range(0, HEAD_DIM, Self.width):
+            to.unsafe_offset(d).unsafe_store(
+                source.unsafe_offset(d).unsafe_load[width=Self.width]() * SCALE
+            )
+
+    @always_inline
+    def score[rows: Int](self, scores: Floats, stride: Int, row: Int, highest: Floats):
         """The scaled products of the queries with all keys."""
+        var query = unsafe_stack_allocation[rows * HEAD_DIM, Float32, alignment=64]()
+        for r in range(rows):
+            self.take_query(row + r, raw(query).unsafe_offset(r * HEAD_DIM))
         for panel in range(padded(self.frames) // PANEL):
             comptime for part in range(PANEL // (2 * Self.width)):
                 var offset = part * 2 * Self.width
                 var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
                 accumulate[rows, Self.width, Self.ahead[rows]()](
                     sums,
-                    self.query.unsafe_offset(row * self.query_stride),
-                    self.query_stride,
+                    raw(query),
+                    HEAD_DIM,
                     self.keys.unsafe_offset(panel * HEAD_DIM * PANEL + offset),
                     HEAD_DIM,
                 )
-                comptime for i in range(2 * rows):
-                    scores.unsafe_offset(
-                        (i // 2) * stride + panel * PANEL + offset + (i % 2) * Self.width
-                    ).unsafe_store(sums[i] * SCALE)
+                self.take_scores[rows, Self.width](
+                    sums, scores, stride, panel * PANEL + offset, highest
+                )
 
     @always_inline
-    def score_pairs[rows: Int](self, scores: Floats, stride: Int, row: Int):
+    def score_pairs[rows: Int](self, scores: Floats, stride: Int, row: Int, highest: Floats):
         """The same from pairs."""
+        var line = unsafe_stack_allocation[HEAD_DIM, Float32, alignment=64]()
         var query = unsafe_stack_allocation[rows * HEAD_DIM, Scalar[BF16], alignment=64]()
         for r in range(rows):
-            store_bfloat16(
-                self.query.unsafe_offset((row + r) * self.query_stride),
-                raw(query).unsafe_offset(r * HEAD_DIM),
-                HEAD_DIM,
-            )
+            self.take_query(row + r, raw(line))
+            store_bfloat16(raw(line), raw(query).unsafe_offset(r * HEAD_DIM), HEAD_DIM)
         var keys = Packed[BF16](unsafe_from_address=Int(self.keys))
         for panel in range(padded(self.frames) // PANEL):
             var sums = Array[SIMD[F32, WORDS], 2 * rows](fill=SIMD[F32, WORDS](0))
             accumulate_pairs[rows](
                 sums, raw(query), HEAD_DIM, keys.unsafe_offset(panel * HEAD_DIM * PANEL), HEAD_DIM
             )
-            comptime for i in range(2 * rows):
-                scores.unsafe_offset(
-                    (i // 2) * stride + panel * PANEL + (i % 2) * WORDS
-                ).unsafe_store(sums[i] * SCALE)
+            self.take_scores[rows, WORDS](sums, scores, stride, panel * PANEL, highest)
 
     @always_inline
     def mix[
@@ -436,7 +506,9 @@ struct SelfAttention[width: Int](ImplicitlyCopyable):
                         key.unsafe_offset(v * Self.width).unsafe_load[width=Self.width](), product
                     )
                 scores.unsafe_offset(p).unsafe_store(product.reduce_add() * SCALE)
-            var total = softmax(scores, count, align_up(count, PANEL))
+            var length = align_up(count, PANEL)
+            mask(scores, count, length)
+            var total = softmax(scores, length, highest_of(scores, length))
             var sums = Array[SIMD[F32, Self.width], vectors](fill=SIMD[F32, Self.width](0))
             for p in range(count):
                 var value = self.at(1, self.row_of(row, p), head, p)

@@ -9,21 +9,20 @@ from extensibility import InputTensor, OutputTensor
 from extensibility import _MutableInputTensor as MutableInputTensor
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from std.math import ceildiv
+from std.math import align_up, ceildiv
 from std.memory.alloc import unsafe_alloc
 
 from .attention import (
     HEAD_DIM, Attention, SelfAttention, head_size, pack_keys, pack_values, padded
 )
-from .gemm import F32, PANEL, Floats, Packed, copy, raw
+from .gemm import F32, PANEL, Floats, Packed, copy, raw, tile_rows
 from .phases import Phases, team_size
-from .projection import BLOCK_ROWS, Norm, Projection, project
+from .norm import Norm
+from .products import Rows
+from .projection import FEW_ROWS, PACKED_ROWS, PROJECT_PHASES, Projection, project
 
 comptime QUERY_ROWS = 192
 """Queries of one head that one worker attends with at a time."""
-comptime CROSS_HEADS = 8
-"""Heads whose keys or values of cross attention a worker computes at a time, of as many frames as
-stay in the second-level cache until they are packed."""
 
 
 @always_inline
@@ -128,7 +127,14 @@ struct EncoderBlocks:
         var attended = hidden.unsafe_offset(rows * 3 * n)
         var keys = unsafe_alloc[Scalar[attention]](2 * batch * heads * head_size(frames))
         var values = keys.unsafe_offset(batch * heads * head_size(frames))
-        var phases = Phases(6 * layers)
+        comptime Left = Rows[product, width, tiles]
+        var packed = unsafe_alloc[UInt8](
+            Left.bytes(rows, 4 * n) if rows > FEW_ROWS else 0, alignment=64
+        )
+        var memory = raw(packed)
+        var phases = Phases((4 * PROJECT_PHASES + 2) * layers)
+        # Whole tiles, but for the last of a window.
+        var query_tiles = ceildiv(frames, tile_rows[width]())
         var query_blocks = ceildiv(frames, QUERY_ROWS)
 
         @always_inline
@@ -148,12 +154,15 @@ struct EncoderBlocks:
             chunk: Int
         ) {
             var hidden, var attended, var keys, var values, var heads, var frames, var n,
-            var query_blocks, imm
+            var query_tiles, var query_blocks, imm
         }:
             """Attends with a block of queries of one head of one window."""
             var head = chunk // query_blocks
-            var begin = frames * (chunk % query_blocks) // query_blocks
-            var end = frames * (chunk % query_blocks + 1) // query_blocks
+            var block = chunk % query_blocks
+            var begin = query_tiles * block // query_blocks * tile_rows[width]()
+            var end = min(
+                query_tiles * (block + 1) // query_blocks * tile_rows[width](), frames
+            )
             var row = (head // heads) * frames + begin
             var column = (head % heads) * HEAD_DIM
             Attention[attention, width, tiles](
@@ -172,7 +181,7 @@ struct EncoderBlocks:
             index: Int
         ) {
             var stream, var hidden, var attended, var rows, var layers, var team, var phases,
-            var batch, var heads, var query_blocks, imm
+            var batch, var heads, var query_blocks, var memory, imm
         }:
             var phase = phases
             var none = Norm(stream, stream, 0)
@@ -181,21 +190,22 @@ struct EncoderBlocks:
                 var mlp_ln = norm_of(mlp_ln_weight, mlp_ln_bias, layer)
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln, False, False
-                ))
+                ), memory)
                 phase.run(batch * heads, pack)
                 phase.run(batch * heads * query_blocks, attend)
                 project(phase, team, linear[width, product, tiles](
                     stream, attended, rows, out_weight, out_scale, out_bias, layer, none, True, False
-                ))
+                ), memory)
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln, False, True
-                ))
+                ), memory)
                 project(phase, team, linear[width, product, tiles](
                     stream, hidden, rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none, True, False
-                ))
+                ), memory)
 
         sync_parallelize(worker, team)
         phases.free()
+        packed.unsafe_free()
         hidden.unsafe_free()
         keys.unsafe_free()
 
@@ -295,7 +305,12 @@ struct DecoderBlocks:
         var kept = raw(streams.unsafe_ptr())
         var keeps = streams.dim_size(0) > 0
         var stream_size = all_rows * n
-        var phases = Phases(10 * layers)
+        comptime Left = Rows[product, width, tiles]
+        var packed = unsafe_alloc[UInt8](
+            Left.bytes(all_rows, 4 * n) if all_rows > FEW_ROWS else 0, alignment=64
+        )
+        var memory = raw(packed)
+        var phases = Phases((6 * PROJECT_PHASES + 4) * layers)
         var self_attention = SelfAttention[width](
             attended,
             hidden,
@@ -315,7 +330,7 @@ struct DecoderBlocks:
             var stream, var hidden, var attended, var scores, var keys, var values, var slots,
             var all_rows, var layers, var team, var phases, var rows, var windows, var heads,
             var group, var head_elements, var frames, var score_size, var self_attention,
-            var cache_size, var n, var kept, var keeps, var stream_size, imm
+            var cache_size, var n, var kept, var keeps, var stream_size, var memory, imm
         }:
             var phase = phases
             var none = Norm(stream, stream, 0)
@@ -362,38 +377,39 @@ struct DecoderBlocks:
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln,
                     False, False,
-                ))
+                ), memory)
                 phase.run(rows * heads, attend)
                 project(phase, team, linear[width, product, tiles](
                     stream, attended, all_rows, out_weight, out_scale, out_bias, layer, none,
                     True, False,
-                ))
+                ), memory)
                 if keeps:
                     keep[width](phase, stream, kept, 2 * layer, stream_size)
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, cross_query_weight, cross_query_scale,
                     cross_query_bias, layer, cross_ln, False, False,
-                ))
+                ), memory)
                 phase.run(windows * heads, cross_attend)
                 project(phase, team, linear[width, product, tiles](
                     stream, attended, all_rows, cross_out_weight, cross_out_scale, cross_out_bias,
                     layer, none, True, False,
-                ))
+                ), memory)
                 if keeps:
                     keep[width](phase, stream, kept, 2 * layer + 1, stream_size)
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln,
                     False, True,
-                ))
+                ), memory)
                 project(phase, team, linear[width, product, tiles](
                     stream, hidden, all_rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none,
                     True, False,
-                ))
+                ), memory)
 
         sync_parallelize(worker, team)
         if keeps:
             copy[width](stream, kept.unsafe_offset(2 * layers * stream_size), stream_size)
         phases.free()
+        packed.unsafe_free()
         hidden.unsafe_free()
 
 
@@ -432,67 +448,75 @@ struct CrossKV:
         var x = raw(features.unsafe_ptr())
         var to_keys = raw(keys.unsafe_ptr())
         var to_values = raw(values.unsafe_ptr())
-        var row_blocks = ceildiv(frames, BLOCK_ROWS)
-        var head_blocks = ceildiv(heads, CROSS_HEADS)
-        var layer_chunks = windows * row_blocks * 2 * head_blocks
-        var phases = Phases(1)
+        comptime Left = Rows[product, width, tiles]
+        # Windows begin with whole tiles, so that tiles are of one window.
+        var window_rows = align_up(frames, Left.at_once)
+        var packed = unsafe_alloc[UInt8](Left.bytes(windows * window_rows, n), alignment=64)
+        var left = Left.at(raw(packed), windows * window_rows, n)
+        var blocks = ceildiv(frames, Left.cached)
+        var phases = Phases(2)
 
         def worker(
             index: Int
         ) {
             var x, var to_keys, var to_values, var phases, var windows, var frames, var n,
-            var heads, var layers, var elements, var row_blocks, var head_blocks,
-            var layer_chunks, imm
+            var heads, var layers, var elements, var left, var window_rows, var blocks, imm
         }:
             var phase = phases
             var none = Norm(x, x, 0)
-            var projected = unsafe_alloc[Float32](BLOCK_ROWS * CROSS_HEADS * HEAD_DIM)
+            var projected = unsafe_alloc[Float32](Left.cached * HEAD_DIM, alignment=64)
+
+            @always_inline
+            def pack(chunk: Int) {var x, var left, var frames, var window_rows, var n, var none, imm}:
+                """Packs some frames of the features."""
+                var first = chunk * PACKED_ROWS
+                for row in range(first, min(first + PACKED_ROWS, windows * frames)):
+                    var to = row // frames * window_rows + row % frames
+                    left.take(to, x.unsafe_offset(row * n), none)
 
             @always_inline
             def fill(
                 chunk: Int
             ) {
                 var x, var to_keys, var to_values, var projected, var windows, var frames, var n,
-                var heads, var elements, var row_blocks, var head_blocks, var layer_chunks,
+                var heads, var layers, var elements, var left, var window_rows, var blocks,
                 var none, imm
             }:
-                """Keys or values of some frames of a window, for some heads of a layer."""
-                var layer = chunk // layer_chunks
-                var window = chunk // row_blocks % windows
-                var first = chunk % row_blocks * BLOCK_ROWS
-                var rows = min(BLOCK_ROWS, frames - first)
-                var columns = chunk % layer_chunks // (row_blocks * windows)
-                var head = heads * (columns % head_blocks) // head_blocks
-                var count = heads * (columns % head_blocks + 1) // head_blocks - head
-                var of_values = columns // head_blocks
-                var block = linear[width, product, tiles](
-                    x, x, windows * frames, kv_weight, kv_scale, kv_bias, layer, none, False, False
-                ).part(
-                    window * frames + first,
-                    rows,
-                    (of_values * n + head * HEAD_DIM) // PANEL,
-                    count * HEAD_DIM // PANEL,
-                    projected,
-                )
-                block.block(0, rows, 0, block.panels())
-                for i in range(count):
-                    var source = projected.unsafe_offset(i * HEAD_DIM)
-                    var to = ((layer * windows + window) * heads + head + i) * elements
-                    if of_values == 1:
-                        pack_values[width, False](
-                            source,
-                            block.columns,
-                            rows,
-                            to_values.unsafe_offset(to + first * PANEL),
-                            padded(frames),
-                        )
-                    else:
-                        pack_keys[False](
-                            source, block.columns, rows, to_keys.unsafe_offset(to + first * HEAD_DIM)
-                        )
+                """Keys or values of one head of a layer, of a block of a window's frames.
 
-            phase.run(layers * layer_chunks, fill)
+                All heads and layers of a block follow each other: its features are in the cache.
+                """
+                var of_block = 2 * heads * layers
+                var window = chunk // of_block // blocks
+                var first = chunk // of_block % blocks * Left.cached
+                var rows = min(Left.cached, frames - first)
+                var layer = chunk % of_block // (2 * heads)
+                var of_values = chunk // heads % 2
+                var head = chunk % heads
+                comptime panels = HEAD_DIM // PANEL
+                var part = linear[width, product, tiles](
+                    x, x, rows, kv_weight, kv_scale, kv_bias, layer, none, False, False
+                ).part((of_values * heads + head) * panels, panels, projected)
+                comptime for panel in range(panels):
+                    part.block(left, window * window_rows + first, 0, rows, panel)
+                var to = ((layer * windows + window) * heads + head) * elements
+                if of_values == 1:
+                    pack_values[width, False](
+                        projected,
+                        HEAD_DIM,
+                        rows,
+                        to_values.unsafe_offset(to + first * PANEL),
+                        padded(frames),
+                    )
+                else:
+                    pack_keys[False](
+                        projected, HEAD_DIM, rows, to_keys.unsafe_offset(to + first * HEAD_DIM)
+                    )
+
+            phase.run(ceildiv(windows * frames, PACKED_ROWS), pack)
+            phase.run(windows * blocks * 2 * heads * layers, fill)
             projected.unsafe_free()
 
         sync_parallelize(worker, team)
+        packed.unsafe_free()
         phases.free()

@@ -19,6 +19,7 @@ row needs so little time for a line that the processor reads as far ahead by its
 comptime F32 = DType.float32
 comptime Floats = Pointer[Float32, MutUntrackedOrigin]
 comptime Packed[type: DType] = Pointer[Scalar[type], MutUntrackedOrigin]
+comptime Bytes = Packed[DType.uint8]
 
 
 @always_inline

@@ -11,10 +11,10 @@ is made of products of bfloat16 (tiles.mojo).
 
 from std.math import align_up, ceildiv
 from std.memory import bitcast, unsafe_stack_allocation
-from std.memory.alloc import unsafe_alloc
-from std.sys import llvm_intrinsic
+from std.sys import llvm_intrinsic, size_of
 
-from .gemm import F32, PANEL, Floats, Packed, accumulate, copy, tile_rows
+from .gemm import F32, PANEL, Bytes, Floats, Packed, accumulate, raw, tile_rows
+from .norm import Norm
 from .tiles import SIDE, STEP_BYTES, TILE_ROWS, begin_tiles, end_tiles, multiply_tiles, parts_of
 
 comptime BF16 = DType.bfloat16
@@ -28,6 +28,10 @@ comptime Integers = Pointer[Int32, MutUntrackedOrigin]
 comptime PAIRS_STEP = STEP_BYTES // 2
 """Of bfloat16, the numbers in a step of a tile."""
 comptime BLOCK_LENGTH = 512
+comptime CACHED_BYTES = 192 * 544 * 4
+"""Of a left operand: less than half of the smallest second-level cache beside AVX-512."""
+comptime ROWS_STEP = 96
+"""Blocks of rows are made of whole tiles, of 12 rows or 32, and of whole panels of keys."""
 comptime SMALLEST: Float32 = 1e-30
 """Of the largest number in a quantized row, so that a row of zeros has a scale."""
 comptime INT8_ZERO = 128
@@ -156,11 +160,15 @@ def quantize(source: Floats, to: Packed[I8], count: Int) -> Float32:
     return scale
 
 
-struct Block[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
-    """Rows of a left operand, and one panel of the right one after the other, to be multiplied.
+@fieldwise_init
+struct Rows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
+    """The left operand of a product, packed once for all workers.
+
+    Cut along the shared axis into blocks, `[blocks, rows, stride]`; `rows` fill the last tile up.
+    Where `product` is int8, every row of a block has a scale.
 
     product : float32, bfloat16 or int8
-    tiles : whether matrix tiles multiply; the block must be freed by the thread that made it
+    tiles : whether matrix tiles multiply
     """
 
     comptime parts = parts_of[Self.product, Self.tiles]()
@@ -169,89 +177,123 @@ struct Block[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     """Rows that are multiplied at a time."""
     comptime step = 1 if not Self.tiles else STEP_BYTES if Self.held == I8 else PAIRS_STEP
     """Rows and panels are filled up to a multiple of it, with zeros."""
-    comptime length = BLOCK_LENGTH // Self.parts
-    """Of a row, at most: the panel stays in the first-level cache."""
+    comptime block_length = BLOCK_LENGTH // Self.parts
+    """Of the shared axis, at most: a panel of it stays in the caches of a core."""
     comptime stride = BLOCK_LENGTH + (STEP_BYTES if Self.tiles and Self.held == I8 else 32)
     """Row distance: constant, and rows fall into different cache sets."""
+    comptime cached = (
+        CACHED_BYTES // (Self.stride * size_of[Scalar[Self.held]]()) // ROWS_STEP * ROWS_STEP
+    )
+    """Rows of a block that stay in the second-level cache."""
 
-    var rows: Packed[Self.held]
-    var panel: Packed[Self.held]
-    var line: Floats
-    """One row before it is rounded."""
+    var numbers: Packed[Self.held]
     var scales: Floats
-    """Of the rows, for int8."""
-    var corrections: Integers
-    """What INT8_ZERO adds to the sums of each column of the panel."""
+    var rows: Int
+    var length: Int
 
-    def __init__(out self, rows: Int):
-        """Room for `rows` rows, and for those that fill the last `at_once` up."""
+    @staticmethod
+    def bytes(rows: Int, length: Int) -> Int:
+        """What `rows` rows take at most, be they `length` or fewer numbers long."""
+        var whole = align_up(rows, Self.at_once) * ceildiv(length, Self.block_length)
+        return whole * (Self.stride * size_of[Scalar[Self.held]]() + size_of[Float32]())
+
+    @staticmethod
+    def at(memory: Bytes, rows: Int, length: Int) -> Self:
+        """Rows to be taken into `memory`, which is aligned to cache lines."""
         var whole = align_up(rows, Self.at_once)
-        self.rows = unsafe_alloc[Scalar[Self.held]](whole * Self.stride, alignment=64)
-        self.panel = unsafe_alloc[Scalar[Self.held]](BLOCK_LENGTH * PANEL, alignment=64)
-        self.line = unsafe_alloc[Float32](BLOCK_LENGTH, alignment=64)
-        self.scales = unsafe_alloc[Float32](whole)
-        self.corrections = unsafe_alloc[Int32](PANEL, alignment=64)
-        comptime if Self.tiles:
-            begin_tiles()
-
-    def free(self):
-        """Releases the memory and the tiles, once."""
-        comptime if Self.tiles:
-            end_tiles()
-        self.rows.unsafe_free()
-        self.panel.unsafe_free()
-        self.line.unsafe_free()
-        self.scales.unsafe_free()
-        self.corrections.unsafe_free()
+        var numbers = Packed[Self.held](unsafe_from_address=Int(memory))
+        var scales = numbers.unsafe_offset(whole * ceildiv(length, Self.block_length) * Self.stride)
+        return Self(numbers, Floats(unsafe_from_address=Int(scales)), whole, length)
 
     @always_inline
-    def room(self, row: Int) -> Floats:
-        """Where `take_row` wants to find a row: in its place already, if it stays in float32."""
-        comptime if Self.held == F32:
-            return Floats(unsafe_from_address=Int(self.rows.unsafe_offset(row * Self.stride)))
-        return self.line
+    def begin(self, block: Int) -> Int:
+        """Where a block begins on the shared axis: all are of one length, but for the last."""
+        var blocks = ceildiv(self.length, Self.block_length)
+        return min(block * align_up(ceildiv(self.length, blocks), WORDS), self.length)
 
     @always_inline
-    def take_row(self, row: Int, length: Int):
-        """Takes the row that was written to `room(row)`."""
-        var to = self.rows.unsafe_offset(row * Self.stride)
-        var whole = align_up(length, max(WORDS, Self.step))
-        comptime if Self.held != F32:
-            for i in range(length, whole):
-                self.line.unsafe_offset(i).unsafe_store(Float32(0))
-        comptime if Self.held == BF16:
-            store_bfloat16[Self.parts](
-                self.line, Packed[BF16](unsafe_from_address=Int(to)), whole
-            )
-        comptime if Self.held == I8:
-            var scale = quantize(self.line, Packed[I8](unsafe_from_address=Int(to)), whole)
-            self.scales.unsafe_offset(row).unsafe_store(scale)
+    def row(self, block: Int, row: Int) -> Packed[Self.held]:
+        return self.numbers.unsafe_offset((block * self.rows + row) * Self.stride)
 
-    def take_panel[type: DType](self, source: Packed[type], length: Int):
+    @always_inline
+    def scale(self, block: Int, row: Int) -> Floats:
+        return self.scales.unsafe_offset(block * self.rows + row)
+
+    def take(self, row: Int, source: Floats, norm: Norm):
+        """Packs one row, normalized if there is a norm."""
+        var moments = norm.moments[Self.width](source, self.length)
+        var line = unsafe_stack_allocation[BLOCK_LENGTH, Float32, alignment=64]()
+        for block in range(ceildiv(self.length, Self.block_length)):
+            var begin = self.begin(block)
+            var length = self.begin(block + 1) - begin
+            var to = self.row(block, row)
+            comptime if Self.held == F32:
+                norm.apply[Self.width](
+                    source, begin, length, moments, Floats(unsafe_from_address=Int(to))
+                )
+            else:
+                var whole = align_up(length, max(WORDS, Self.step))
+                var numbers = source.unsafe_offset(begin)
+                if norm.length > 0 or whole > length:
+                    numbers = raw(line)
+                    norm.apply[Self.width](source, begin, length, moments, numbers)
+                    for i in range(length, whole):
+                        numbers.unsafe_offset(i).unsafe_store(Float32(0))
+                comptime if Self.held == BF16:
+                    store_bfloat16[Self.parts](
+                        numbers, Packed[BF16](unsafe_from_address=Int(to)), whole
+                    )
+                else:
+                    self.scale(block, row).unsafe_store(
+                        quantize(numbers, Packed[I8](unsafe_from_address=Int(to)), whole)
+                    )
+
+
+@fieldwise_init
+struct Panel[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
+    """A worker's own panel of the right operand, to be multiplied with tiles of the left one."""
+
+    comptime Left = Rows[Self.product, Self.width, Self.tiles]
+    comptime held = Self.Left.held
+    comptime at_once = Self.Left.at_once
+    comptime bytes = BLOCK_LENGTH * PANEL * size_of[Scalar[Self.held]]() + PANEL * 4
+
+    var numbers: Packed[Self.held]
+    var corrections: Integers
+    """What INT8_ZERO adds to the sums of each column, for int8."""
+
+    @staticmethod
+    def at(memory: Bytes) -> Self:
+        """A panel in `bytes` of memory, which is aligned to cache lines."""
+        var numbers = Packed[Self.held](unsafe_from_address=Int(memory))
+        var behind = numbers.unsafe_offset(BLOCK_LENGTH * PANEL)
+        return Self(numbers, Integers(unsafe_from_address=Int(behind)))
+
+    def take[type: DType](self, source: Packed[type], length: Int):
         """Takes a packed panel, `[length, 32]`."""
         comptime if Self.held == F32:
-            var to = Floats(unsafe_from_address=Int(self.panel))
+            var to = Floats(unsafe_from_address=Int(self.numbers))
             for i in range(0, length * PANEL, Self.width):
                 to.unsafe_offset(i).unsafe_store(
                     source.unsafe_offset(i).unsafe_load[width=Self.width]().cast[F32]()
                 )
         comptime if Self.held == BF16:
-            var to = Packed[BF16](unsafe_from_address=Int(self.panel))
-            for k in range(0, align_up(length, Self.step), 2):
-                store_pairs[Self.parts](
+            var to = Packed[BF16](unsafe_from_address=Int(self.numbers))
+            for k in range(0, align_up(length, Self.Left.step), 2):
+                store_pairs[Self.Left.parts](
                     line_of(source, k, length).cast[F32](),
                     line_of(source, k + 1, length).cast[F32](),
                     to,
                     k,
                 )
         comptime if Self.held == I8:
-            self.take_int8_panel(Packed[I8](unsafe_from_address=Int(source)), length)
+            self.take_int8(Packed[I8](unsafe_from_address=Int(source)), length)
 
-    def take_int8_panel(self, source: Packed[I8], length: Int):
+    def take_int8(self, source: Packed[I8], length: Int):
         """Takes a panel that is int8 already."""
-        var to = Packed[I8](unsafe_from_address=Int(self.panel))
+        var to = Packed[I8](unsafe_from_address=Int(self.numbers))
         var total = SIMD[I32, PANEL](0)
-        for k in range(0, align_up(length, Self.step), 4):
+        for k in range(0, align_up(length, Self.Left.step), 4):
             var first = line_of(source, k, length)
             var second = line_of(source, k + 1, length)
             var third = line_of(source, k + 2, length)
@@ -265,12 +307,12 @@ struct Block[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         self.corrections.unsafe_store(total * INT8_ZERO)
 
     @always_inline
-    def multiply(self, row: Int, length: Int, to: Floats):
+    def multiply(self, left: Self.Left, block: Int, row: Int, length: Int, to: Floats):
         """The sums of `at_once` rows from `row` on with the panel, `[at_once, 32]` in float32."""
-        var a = self.rows.unsafe_offset(row * Self.stride)
+        var a = left.row(block, row)
         comptime if Self.tiles:
-            multiply_tiles[Self.parts](
-                a, Self.stride, self.panel, ceildiv(length, Self.step), to, PANEL
+            multiply_tiles[Self.Left.parts](
+                a, Self.Left.stride, self.numbers, ceildiv(length, Self.Left.step), to, PANEL
             )
         elif Self.held == F32:
             self.multiply_floats(Floats(unsafe_from_address=Int(a)), length, to)
@@ -279,8 +321,8 @@ struct Block[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             accumulate_pairs[Self.at_once](
                 sums,
                 Packed[BF16](unsafe_from_address=Int(a)),
-                Self.stride,
-                Packed[BF16](unsafe_from_address=Int(self.panel)),
+                Self.Left.stride,
+                Packed[BF16](unsafe_from_address=Int(self.numbers)),
                 length,
             )
             comptime for i in range(2 * Self.at_once):
@@ -290,17 +332,21 @@ struct Block[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             accumulate_fours[Self.at_once](
                 sums,
                 Packed[I8](unsafe_from_address=Int(a)),
-                Self.stride,
-                Packed[I8](unsafe_from_address=Int(self.panel)),
+                Self.Left.stride,
+                Packed[I8](unsafe_from_address=Int(self.numbers)),
                 length,
             )
             comptime for i in range(2 * Self.at_once):
-                to.unsafe_offset(i * WORDS).unsafe_store(self.widen(sums[i], row, i))
+                to.unsafe_offset(i * WORDS).unsafe_store(
+                    self.widen(sums[i], left.scale(block, row), i)
+                )
         comptime if Self.tiles and Self.held == I8:
             var sums = Integers(unsafe_from_address=Int(to))
             for i in range(2 * Self.at_once):
                 var sum = sums.unsafe_offset(i * WORDS).unsafe_load[width=WORDS]()
-                to.unsafe_offset(i * WORDS).unsafe_store(self.widen(sum, row, i))
+                to.unsafe_offset(i * WORDS).unsafe_store(
+                    self.widen(sum, left.scale(block, row), i)
+                )
 
     @always_inline
     def multiply_floats(self, a: Floats, length: Int, to: Floats):
@@ -312,8 +358,8 @@ struct Block[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             accumulate[Self.at_once, Self.width](
                 sums,
                 a,
-                Self.stride,
-                self.panel.unsafe_offset(part * 2 * Self.width),
+                Self.Left.stride,
+                self.numbers.unsafe_offset(part * 2 * Self.width),
                 length,
             )
             comptime for i in range(2 * Self.at_once):
@@ -322,8 +368,7 @@ struct Block[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                 ).unsafe_store(sums[i])
 
     @always_inline
-    def widen(self, sums: SIMD[I32, WORDS], row: Int, i: Int) -> SIMD[F32, WORDS]:
-        """Half `i` of the sums of the rows from `row` on with the panel, in float32."""
+    def widen(self, sums: SIMD[I32, WORDS], scales: Floats, i: Int) -> SIMD[F32, WORDS]:
+        """Half `i` of the sums of some rows, of which these are the scales, in float32."""
         var excess = self.corrections.unsafe_offset((i % 2) * WORDS).unsafe_load[width=WORDS]()
-        var scale = self.scales.unsafe_offset(row + i // 2).unsafe_load()
-        return (sums - excess).cast[F32]() * scale
+        return (sums - excess).cast[F32]() * scales.unsafe_offset(i // 2).unsafe_load()

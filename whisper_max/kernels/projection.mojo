@@ -1,25 +1,35 @@
 """Linear layers: y = act(norm(x) @ w.T + bias) + residual.
 
-Few rows (a decoding step) stream the weights once and are bound by memory; many rows (the
-encoder, a prompt) are cut into blocks whose operands stay in the second-level cache.
+Few rows (a decoding step) stream the weights once and are bound by memory. Many rows (the
+encoder, a prompt) are packed once, and cut into blocks that stay in the second-level cache while
+the panels of the weights pass by.
 """
 
-from std.math import align_up, ceildiv, sqrt
+from std.math import ceildiv
 from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
+from std.sys import size_of
+from std.sys.intrinsics import PrefetchOptions, prefetch
 
-from .gemm import AHEAD, F32, PANEL, Floats, Packed, accumulate, copy, raw, tile_rows
+from .gemm import (
+    AHEAD, CACHE_LINE, F32, PANEL, Bytes, Floats, Packed, accumulate, raw, tile_rows
+)
+from .norm import Norm
 from .phases import Phases
-from .products import WORDS, Block
+from .products import ROWS_STEP, Panel, Rows
+from .tiles import begin_tiles, end_tiles
 
-comptime EPSILON: Float32 = 1e-5
 comptime FEW_ROWS = 48
 """Up to here the weights are the traffic: panels are streamed instead of blocked."""
 comptime STREAM_LINES = 2048
 """Lines of panels that a worker claims at a time: microseconds, so that none waits long for the
 last one."""
-comptime BLOCK_ROWS = 192
-comptime BLOCK_PANELS = 16
+comptime PACKED_ROWS = 32
+"""Rows that a worker packs at a time."""
+comptime UNITS = 4
+"""Blocks of rows by one panel that there are at least for each worker, so that all end together."""
+comptime PROJECT_PHASES = 2
+"""Of `project`, at most."""
 
 
 @always_inline
@@ -52,48 +62,6 @@ def gelu[width: Int](x: SIMD[F32, width]) -> SIMD[F32, width]:
     return 0.5 * x * (1 + erf(x * 0.70710678118654752440))
 
 
-@always_inline
-def row_moments[width: Int](row: Floats, length: Int) -> Tuple[Float32, Float32]:
-    """Mean and reciprocal standard deviation of one row, in two passes."""
-    var total = SIMD[F32, width](0)
-    for k in range(0, length, width):
-        total += row.unsafe_offset(k).unsafe_load[width=width]()
-    var mean = total.reduce_add() / Float32(length)
-    var squares = SIMD[F32, width](0)
-    for k in range(0, length, width):
-        var d = row.unsafe_offset(k).unsafe_load[width=width]() - mean
-        squares = d.fma(d, squares)
-    return (mean, 1 / sqrt(squares.reduce_add() / Float32(length) + EPSILON))
-
-
-@fieldwise_init
-struct Norm(ImplicitlyCopyable):
-    """LayerNorm's weight and bias; `length` 0 means none."""
-
-    var weight: Floats
-    var bias: Floats
-    var length: Int
-
-    @always_inline
-    def copy[
-        width: Int
-    ](self, row: Floats, row_length: Int, begin: Int, length: Int, to: Floats):
-        """Copies `row[begin : begin + length]`, normalized over the whole row if there is a norm."""
-        var source = row.unsafe_offset(begin)
-        if self.length == 0:
-            copy[width](source, to, length)
-            return
-        var moments = row_moments[width](row, row_length)
-        for k in range(0, length, width):
-            var x = (source.unsafe_offset(k).unsafe_load[width=width]() - moments[0]) * moments[1]
-            to.unsafe_offset(k).unsafe_store(
-                x.fma(
-                    self.weight.unsafe_offset(begin + k).unsafe_load[width=width](),
-                    self.bias.unsafe_offset(begin + k).unsafe_load[width=width](),
-                )
-            )
-
-
 @fieldwise_init
 struct Projection[type: DType, width: Int, product: DType, tiles: Bool](ImplicitlyCopyable):
     """One linear layer: its operands, and the work on one chunk of its output.
@@ -104,6 +72,8 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     weights) where `scaled`. `residual` is read at `row % residual_rows` (0: none) and may be the
     output itself.
     """
+
+    comptime Left = Rows[Self.product, Self.width, Self.tiles]
 
     var output: Floats
     var x: Floats
@@ -119,15 +89,13 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     var scaled: Bool
     var gelu: Bool
 
-    def part(self, row: Int, rows: Int, panel: Int, panels: Int, to: Floats) -> Self:
-        """Some rows and whole panels of a layer without norm and residual, into `to`."""
+    def part(self, panel: Int, panels: Int, to: Floats) -> Self:
+        """Some whole panels of a layer without residual, into `to`."""
         var result = self
         result.output = to
-        result.x = self.x.unsafe_offset(row * self.length)
         result.weight = self.weight.unsafe_offset(panel * self.length * PANEL)
         result.scale = self.scale.unsafe_offset(panel * PANEL if self.scaled else 0)
         result.bias = self.bias.unsafe_offset(panel * PANEL)
-        result.rows = rows
         result.columns = panels * PANEL
         return result
 
@@ -138,8 +106,8 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         result.norm.length = 0
         for row in range(self.rows):
             var at = row * self.length
-            self.norm.copy[Self.width](
-                self.x.unsafe_offset(at), self.length, 0, self.length, to.unsafe_offset(at)
+            self.norm.copy_row[Self.width](
+                self.x.unsafe_offset(at), self.length, to.unsafe_offset(at)
             )
         return result
 
@@ -148,35 +116,42 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         """Whether the panels are streamed."""
         return self.rows <= FEW_ROWS
 
+    def packed_bytes(self) -> Int:
+        """What its rows take when they are packed, 0 for few."""
+        return 0 if self.few() else Self.Left.bytes(self.rows, self.length)
+
     @always_inline
     def panels(self) -> Int:
         return ceildiv(self.columns, PANEL)
 
-    @always_inline
-    def row_blocks(self) -> Int:
-        return ceildiv(self.rows, BLOCK_ROWS)
+    def row_blocks(self, team: Int) -> Int:
+        """Into how many blocks many rows are cut: they stay in cache, and there is work for all."""
+        var for_cache = ceildiv(self.rows, Self.Left.cached)
+        var for_team = ceildiv(UNITS * team, self.panels())
+        return max(for_cache, min(for_team, ceildiv(self.rows, ROWS_STEP)))
 
     def chunks(self, team: Int) -> Int:
         """Into how many independent parts this layer is cut."""
         if self.few():
             var at_once = max(1, STREAM_LINES // self.length)
             return min(self.panels(), max(4 * team, ceildiv(self.panels(), at_once)))
-        return self.row_blocks() * ceildiv(self.panels(), BLOCK_PANELS)
+        return self.row_blocks(team) * self.panels()
 
-    def run(self, chunk: Int, chunks: Int):
-        """Computes one of `chunks` parts; the norm of few rows has been applied."""
+    def run(self, chunk: Int, chunks: Int, left: Self.Left):
+        """Computes one of `chunks` parts; few rows have been normalized, many packed."""
         if self.few():
             self.stream(self.panels() * chunk // chunks, self.panels() * (chunk + 1) // chunks)
             return
-        var row_blocks = self.row_blocks()
-        var panel_blocks = chunks // row_blocks
-        var i = chunk % row_blocks
-        var j = chunk // row_blocks
+        # All panels of one block of rows follow each other: those rows are in the cache then.
+        var blocks = chunks // self.panels()
+        var block = chunk // self.panels()
+        var all_tiles = ceildiv(self.rows, Self.Left.at_once)
         self.block(
-            self.rows * i // row_blocks,
-            self.rows * (i + 1) // row_blocks,
-            self.panels() * j // panel_blocks,
-            self.panels() * (j + 1) // panel_blocks,
+            left,
+            0,
+            all_tiles * block // blocks * Self.Left.at_once,
+            min(all_tiles * (block + 1) // blocks * Self.Left.at_once, self.rows),
+            chunk % self.panels(),
         )
 
     def stream(self, first_panel: Int, last_panel: Int):
@@ -206,63 +181,89 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                 sums.unsafe_offset(
                     (i // 2) * PANEL + (2 * part + i % 2) * Self.width
                 ).unsafe_store(vectors[i])
-        for r in range(rows):
-            self.finish_row(raw(sums).unsafe_offset(r * PANEL), row + r, panel * PANEL, True, True)
+        if (panel + 1) * PANEL <= self.columns:
+            self.finish_tile(raw(sums), row, rows, panel * PANEL, True, True)
+        else:
+            self.finish_numbers(raw(sums), row, rows, panel * PANEL, True, True)
 
-    def block(self, first_row: Int, last_row: Int, first_panel: Int, last_panel: Int):
-        """Many rows times a run of panels, `length` in blocks, each packed once for all panels."""
-        comptime Operands = Block[Self.product, Self.width, Self.tiles]
-        comptime at_once = Operands.at_once
-        var rows = last_row - first_row
-        var step = align_up(ceildiv(self.length, ceildiv(self.length, Operands.length)), WORDS)
-        # As many are always computed; what stands in the rows past the end is never stored.
-        var block = Operands(rows)
+    def block(self, left: Self.Left, shift: Int, first_row: Int, last_row: Int, panel: Int):
+        """Many rows times one panel; row 0 of the output is row `shift` of the left operand.
+
+        `first_row` and `last_row` are those of the output.
+        """
+        comptime at_once = Self.Left.at_once
+        comptime Right = Panel[Self.product, Self.width, Self.tiles]
+        var memory = unsafe_alloc[UInt8](Right.bytes, alignment=64)
+        var right = Right.at(memory)
         # The sums leave the registers through a small buffer, so that what follows the product
         # is compiled once and not once for each register.
         var sums = unsafe_stack_allocation[at_once * PANEL, Float32, alignment=64]()
-        for begin in range(0, self.length, step):
-            var length = min(step, self.length - begin)
-            for row in range(rows):
-                self.norm.copy[Self.width](
-                    self.x.unsafe_offset((first_row + row) * self.length),
-                    self.length,
-                    begin,
-                    length,
-                    block.room(row),
-                )
-                block.take_row(row, length)
-            for panel in range(first_panel, last_panel):
-                block.take_panel(
-                    self.weight.unsafe_offset((panel * self.length + begin) * PANEL), length
-                )
-                for row in range(0, rows, at_once):
-                    block.multiply(row, length, raw(sums))
-                    for r in range(min(at_once, rows - row)):
-                        self.finish_row(
-                            raw(sums).unsafe_offset(r * PANEL),
-                            first_row + row + r,
-                            panel * PANEL,
-                            begin == 0,
-                            begin + length == self.length,
-                        )
-        block.free()
+        var column = panel * PANEL
+        comptime if Self.tiles:
+            begin_tiles()
+        var blocks = ceildiv(self.length, Self.Left.block_length)
+        for block in range(blocks):
+            var begin = left.begin(block)
+            var length = left.begin(block + 1) - begin
+            right.take(self.weight.unsafe_offset((panel * self.length + begin) * PANEL), length)
+            for row in range(first_row, last_row, at_once):
+                var rows = min(at_once, last_row - row)
+                self.fetch_output(row, rows, column)
+                right.multiply(left, block, shift + row, length, raw(sums))
+                if column + PANEL <= self.columns:
+                    self.finish_tile(raw(sums), row, rows, column, block == 0, block == blocks - 1)
+                else:
+                    self.finish_numbers(
+                        raw(sums), row, rows, column, block == 0, block == blocks - 1
+                    )
+        comptime if Self.tiles:
+            end_tiles()
+        memory.unsafe_free()
 
-    def finish_row(self, sums: Floats, row: Int, column: Int, first: Bool, last: Bool):
-        """Finishes the sums of one row and one panel; the last panel may be cut off."""
-        if column + PANEL <= self.columns:
-            # The whole panel at once: its vectors' long chains of operations overlap.
-            self.finish[PANEL](sums.unsafe_load[width=PANEL](), row, column, first, last)
-            return
-        for i in range(self.columns - column):
-            self.finish[1](sums.unsafe_offset(i).unsafe_load(), row, column + i, first, last)
+    @always_inline
+    def fetch_output(self, row: Int, rows: Int, column: Int):
+        """Asks for what will be written when a tile is computed: it has left the cache long ago."""
+        for r in range(rows):
+            var at = self.output.unsafe_offset((row + r) * self.columns + column)
+            comptime for i in range(0, PANEL, CACHE_LINE // size_of[Float32]()):
+                prefetch[PrefetchOptions().for_write().high_locality().to_data_cache()](
+                    at.unsafe_offset(i)
+                )
+
+    def finish_tile(
+        self, sums: Floats, row: Int, rows: Int, column: Int, first: Bool, last: Bool
+    ):
+        """Finishes the sums of some rows and a whole panel; its vectors' long chains overlap."""
+        if last and self.gelu:
+            for r in range(rows):
+                self.finish[PANEL, True](
+                    sums.unsafe_offset(r * PANEL), row + r, column, first, True
+                )
+        else:
+            for r in range(rows):
+                self.finish[PANEL, False](
+                    sums.unsafe_offset(r * PANEL), row + r, column, first, last
+                )
+
+    def finish_numbers(
+        self, sums: Floats, row: Int, rows: Int, column: Int, first: Bool, last: Bool
+    ):
+        """The same for a panel that is cut off, a number at a time."""
+        for r in range(rows):
+            for i in range(self.columns - column):
+                var at = sums.unsafe_offset(r * PANEL + i)
+                if last and self.gelu:
+                    self.finish[1, True](at, row + r, column + i, first, True)
+                else:
+                    self.finish[1, False](at, row + r, column + i, first, last)
 
     @always_inline
     def finish[
-        w: Int
-    ](self, sums: SIMD[F32, w], row: Int, column: Int, first: Bool, last: Bool):
-        """Stores `w` sums of one block of `length`, the first, the last, both or neither."""
+        w: Int, gelu_too: Bool
+    ](self, sums: Floats, row: Int, column: Int, first: Bool, last: Bool):
+        """Stores `w` sums of one block of the shared axis, the first, the last, both or neither."""
         var at = self.output.unsafe_offset(row * self.columns + column)
-        var y = sums
+        var y = sums.unsafe_load[width=w]()
         if self.scaled:
             y *= self.scale.unsafe_offset(column).unsafe_load[width=w]()
         # The residual may be what the output held: it is read before the first store.
@@ -272,7 +273,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
             y += self.bias.unsafe_offset(column).unsafe_load[width=w]()
         else:
             y += at.unsafe_load[width=w]()
-        if last and self.gelu:
+        comptime if gelu_too:
             y = gelu(y)
             if self.residual_rows > 0:
                 y += self.residual_at[w](row, column)
@@ -288,18 +289,30 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
 @always_inline
 def project[
     type: DType, width: Int, product: DType, tiles: Bool, //
-](mut phases: Phases, team: Int, projection: Projection[type, width, product, tiles]):
-    """One phase: a linear layer."""
+](
+    mut phases: Phases, team: Int, projection: Projection[type, width, product, tiles], memory: Bytes
+):
+    """A linear layer in one phase, or for many rows in two; they are packed into `memory` first."""
     var chunks = projection.chunks(team)
-    # Every worker applies the norm itself: that takes less time than to wait for another's. One
-    # that comes late may read what a later phase overwrites, but finds nothing left to do with it.
+    var rows = projection.rows
+    var left = projection.Left.at(memory, rows, projection.length)
+    # Every worker applies the norm to few rows itself: that takes less time than to wait for
+    # another's. One that comes late may read what a later phase overwrites, but finds nothing left
+    # to do with it.
     var own = projection.few() and projection.norm.length > 0
-    var normalized = unsafe_alloc[Float32](projection.rows * projection.length if own else 0)
+    var normalized = unsafe_alloc[Float32](rows * projection.length if own else 0)
     var layer = projection.normalized(normalized) if own else projection
 
     @always_inline
-    def part(chunk: Int) {var layer, var chunks, imm}:
-        layer.run(chunk, chunks)
+    def pack(chunk: Int) {var projection, var left, var rows, imm}:
+        for row in range(chunk * PACKED_ROWS, min((chunk + 1) * PACKED_ROWS, rows)):
+            left.take(row, projection.x.unsafe_offset(row * projection.length), projection.norm)
 
+    @always_inline
+    def part(chunk: Int) {var layer, var chunks, var left, imm}:
+        layer.run(chunk, chunks, left)
+
+    if not projection.few():
+        phases.run(ceildiv(rows, PACKED_ROWS), pack)
     phases.run(chunks, part)
     normalized.unsafe_free()

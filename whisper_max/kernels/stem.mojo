@@ -4,10 +4,12 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
+from std.memory.alloc import unsafe_alloc
 
 from .gemm import F32, PANEL, copy, raw
 from .phases import Phases, team_size
-from .projection import Norm, Projection, project
+from .norm import Norm
+from .projection import PROJECT_PHASES, Projection, project
 
 comptime FRAME_BLOCK = 256
 """Frames that one worker takes patches of."""
@@ -58,13 +60,16 @@ struct Linear:
             gelu == 1,
         )
         var team = team_size(threads)
-        var phases = Phases(1)
+        var phases = Phases(PROJECT_PHASES)
+        var packed = unsafe_alloc[UInt8](projection.packed_bytes(), alignment=64)
+        var memory = raw(packed)
 
-        def worker(index: Int) {var phases, var team, var projection, imm}:
+        def worker(index: Int) {var phases, var team, var projection, var memory, imm}:
             var phase = phases
-            project(phase, team, projection)
+            project(phase, team, projection, memory)
 
         sync_parallelize(worker, team)
+        packed.unsafe_free()
         phases.free()
 
 
@@ -138,9 +143,7 @@ struct LayerNorm:
         var source = raw(x.unsafe_ptr())
         var to = raw(output.unsafe_ptr())
         for row in range(x.dim_size(0) * x.dim_size(1)):
-            norm.copy[width](
-                source.unsafe_offset(row * n), n, 0, n, to.unsafe_offset(row * n)
-            )
+            norm.copy_row[width](source.unsafe_offset(row * n), n, to.unsafe_offset(row * n))
 
 
 @extensibility.register("whisper_embed")
