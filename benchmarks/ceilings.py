@@ -16,18 +16,22 @@ from whisper_max.runtime.hardware import cpu_flags
 
 from .peers import BFLOAT16_FLAGS
 
+# As Linux spells them: Intel and AMD, Intel's tiles, Arm.
+INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "i8mm"})
+
 SIZE = 2048
 BYTES = 256 << 20
 SECONDS = 1.0  # for each; the best run counts, for it is a ceiling
 
 
 def measure(threads: int) -> dict[str, float | None]:
-    """Giga-operations and gigabytes per second; None for bfloat16 where it would be emulated."""
+    """Giga-operations and gigabytes per second; None for a dtype that would be emulated."""
     torch.set_num_threads(threads)
     has_bfloat16 = not BFLOAT16_FLAGS.isdisjoint(cpu_flags())
     return {
         "float32_gflops": _product(torch.float32),
         "bfloat16_gflops": _product(torch.bfloat16) if has_bfloat16 else None,
+        "int8_gflops": None if INT8_FLAGS.isdisjoint(cpu_flags()) else _int8_product(),
         "copy_gbytes": copy_gbytes(),
         "read_gbytes": _read(),
     }
@@ -36,6 +40,11 @@ def measure(threads: int) -> dict[str, float | None]:
 def _product(dtype: torch.dtype) -> float:
     a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
     return 2 * SIZE**3 / _best(lambda: a @ b) / 1e9
+
+
+def _int8_product() -> float:
+    a, b = (torch.randint(-127, 128, (SIZE, SIZE), dtype=torch.int8) for _ in range(2))
+    return 2 * SIZE**3 / _best(lambda: torch._int_mm(a, b)) / 1e9
 
 
 def copy_gbytes(device: str = "cpu", synchronize: Callable[[], None] = lambda: None) -> float:

@@ -11,7 +11,7 @@ from benchmarks.report.limits import achieved
 from benchmarks.report.markdown import duration, percent, significant, table, times
 from benchmarks.report.readme import BEGIN, END
 from benchmarks.report.speed import ahead_of_us, speed_up_table, speed_ups
-from benchmarks.results import load, save
+from benchmarks.results import Measurement, load, save
 
 from benchmark_fakes import made_up_results
 
@@ -65,6 +65,18 @@ def test_unpatched_whisper_can_win_too(results):
     assert any("openai-whisper is" in line for line in ahead_of_us(results))
 
 
+def test_each_precision_is_compared_with_the_same_arithmetic(results):
+    for peer, seconds in (("medium", 0.1), ("int8", 0.02)):
+        name = f"whisper_max-{peer}"
+        results.measurements.append(Measurement("encoder", "tiny", name, 2, [seconds] * 3))
+    results.measurements.append(Measurement("encoder", "tiny", "torch-bf16", 2, [0.04] * 3))
+    slower = [line for line in ahead_of_us(results) if line.startswith("encoder")]
+    assert slower == [
+        "encoder, 30 s window, tiny: torch bf16 autocast is 1.25× as fast as whisper_max high",
+        "encoder, 30 s window, tiny: torch bf16 autocast is 2.50× as fast as whisper_max medium",
+    ]
+
+
 def test_page_has_what_is_absent_failed_and_different(results):
     text = page({"some-machine": results})
     assert "## some-machine" in text
@@ -104,6 +116,11 @@ def test_achieved_is_work_over_time_beside_the_ceiling(results):
     (encoder,) = ours
     assert encoder.unit == "GFLOP/s"
     assert encoder.part == pytest.approx(encoder.amount / 300.0)
+    quantized = next(one for one in achieved(results) if one.peer == "faster-whisper-int8")
+    assert quantized.ceiling is None and quantized.part is None  # not measured on this machine
+    results.ceilings["int8_gflops"] = 1000.0
+    quantized = next(one for one in achieved(results) if one.peer == "faster-whisper-int8")
+    assert quantized.part == pytest.approx(quantized.amount / 1000.0)
     plain = next(one for one in achieved(results) if one.peer == "whisper")
     assert encoder.amount == pytest.approx(2 * plain.amount)  # medians 0.1 and 0.2 s
 

@@ -19,6 +19,7 @@ import whisper_max
 from whisper_max import demo, report
 from whisper_max.cli import OVERVIEW, main
 from whisper_max.cli.errors import CommandError
+from whisper_max.runtime import loading
 from whisper_max.settings import ENVIRONMENT
 
 CHECKPOINT = str(demo.CHECKPOINT)
@@ -94,6 +95,18 @@ def test_files_are_those_of_upstreams_own_command(folder, monkeypatch, capsys):
     assert shown.out == spoken
     assert "\nalignment      yes " in shown.err
     assert not whisper_max.is_patched()
+
+
+@pytest.mark.allow_fallback
+def test_a_run_without_max_says_so_and_why(folder, tmp_path, monkeypatch, capsys):
+    report.reset()
+    monkeypatch.setenv("WHISPER_MAX_CACHE_DIR", str(tmp_path / "nothing compiled"))
+    monkeypatch.setattr(loading, "_engines", {})
+    options = ["--compile", "cached", "--model", CHECKPOINT, "--fp16", "False"]
+    assert main(["speech.wav", *options]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "PyTorch did" in line]
+    assert line.startswith("whisper-max: PyTorch did all the work: the graphs of ")
+    assert "are not compiled" in line
 
 
 def test_one_broken_file_among_others_is_one_line_and_the_exit_code(folder, capsys):

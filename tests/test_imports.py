@@ -38,6 +38,7 @@ LEAVES = {
     "dimensions_of",
     "dispatch",
     "on_one_thread",
+    "options",
     "pickling",
     "report",
     "settings",

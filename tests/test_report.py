@@ -40,11 +40,25 @@ def test_status_is_plain_data_with_all_targets():
     report.set_artifact("ready")
     report.set_device("cpu, amx")
     status = report.snapshot().to_dict()
-    assert list(status) == ["targets", "versions", "device", "precision", "artifact"]
+    assert list(status) == [
+        "targets", "versions", "device", "mode", "precision", "compile", "cache_dir", "artifact"
+    ]
     assert tuple(status["targets"]) == TARGETS
     assert {"python", "whisper_max", "openai-whisper", "torch", "max"} <= set(status["versions"])
     assert (status["device"], status["artifact"]) == ("cpu, amx", "ready")
     assert json.loads(json.dumps(status)) == status
+
+
+def test_a_failure_of_max_is_a_reason_and_a_warning_once(caplog):
+    reason = report.failed("encoder", ValueError("a shape"))
+    assert reason.reasons == ("MAX failed in encoder: a shape",)
+    report.failed("encoder", ValueError("a shape"))
+    report.failed("encoder", ValueError("another"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "MAX failed in encoder: a shape; PyTorch takes over",
+        "MAX failed in encoder: another; PyTorch takes over",
+    ]
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
 def test_a_snapshot_does_not_change_with_later_calls():

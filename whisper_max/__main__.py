@@ -22,9 +22,10 @@ import warnings
 from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
 from types import CodeType, ModuleType
 
-from . import is_patched, patch, status
+from . import __version__, is_patched, patch, status
 from .after_import import call_after_import
-from .settings import COMPILE_POLICIES, MODES, PRECISIONS, Settings
+from .options import add_options
+from .settings import Settings
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run a program that uses openai-whisper, unmodified, on MAX.",
         allow_abbrev=False,
     )
-    parser.add_argument("--mode", choices=MODES, help="when MAX cannot run a call")
-    parser.add_argument("--precision", choices=PRECISIONS, help="of the matrix products")
-    parser.add_argument("--compile", choices=COMPILE_POLICIES, help="when graphs are compiled")
+    add_options(parser)
     parser.add_argument(
         "--profile", action="store_true", help="print at the end what ran where, to stderr"
     )
@@ -78,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         type=os.path.abspath,  # the program may change its working folder
         help="write the same to a file, as JSON",
     )
+    parser.add_argument("--version", action="version", version=f"whisper_max {__version__}")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "-m", dest="module", action="store_true", help="the program is a module, as in python -m"

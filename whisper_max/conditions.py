@@ -25,11 +25,18 @@ LARGEST = 1e15
 
 
 class UnsupportedByMax(RuntimeError):
-    """A call cannot run on MAX; the message has every reason.
+    """A call cannot run on MAX.
 
     The one exception that drives fallback: in mode "auto" PyTorch takes over, in mode "strict"
-    the user gets to see it. Any other exception is a fault and is never swallowed.
+    the user gets to see it. Any other exception is a fault and is never swallowed. An error that
+    MAX itself raises becomes such a reason, and is logged as a warning.
+
+    reasons : tuple of str, every reason; the message has all of them
     """
+
+    def __init__(self, *reasons: str) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
 
 
 def device_of(module: nn.Module) -> torch.device:

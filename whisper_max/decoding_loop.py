@@ -18,7 +18,7 @@ from . import activation
 from .activation import originals
 from .changed_parts import has_replaced
 from .conditions import UnsupportedByMax
-from .dispatch import out_of_memory_is_unsupported, reasons_of, refuse, run
+from .dispatch import out_of_memory_is_unsupported, refuse, run
 from .inference import MaxInference
 from .on_one_thread import only_this_thread
 from .selection import Rules, foreign_filters, in_stock_order
@@ -102,7 +102,7 @@ def _on_max(
         with out_of_memory_is_unsupported(), only_this_thread():
             return _decode(task, before, task.inference.session, audio_features, tokens)
     except UnsupportedByMax as failed:
-        task.inference.leave_to_pytorch(reasons_of(failed))
+        task.inference.leave_to_pytorch(failed.reasons)
         raise
     finally:
         if task.inference.session is not None:

@@ -41,7 +41,7 @@ def run(
     except UnsupportedByMax as unsupported:
         if mode == "strict":
             raise
-        return on_pytorch(target, on_torch, reasons_of(unsupported))
+        return on_pytorch(target, on_torch, unsupported.reasons)
     report.record(target, "max", time.perf_counter() - begin)
     if mode != "shadow":
         return result
@@ -85,11 +85,4 @@ def out_of_memory_is_unsupported() -> Iterator[None]:
 def refuse(reasons: Sequence[str]) -> None:
     """Raises UnsupportedByMax with all reasons, if there are any."""
     if reasons:
-        error = UnsupportedByMax("; ".join(reasons))
-        error.reasons = tuple(reasons)
-        raise error
-
-
-def reasons_of(unsupported: UnsupportedByMax) -> Sequence[str]:
-    """The single reasons behind the exception."""
-    return getattr(unsupported, "reasons", (str(unsupported),))
+        raise UnsupportedByMax(*reasons)

@@ -13,7 +13,7 @@ from whisper.decoding import PyTorchInference
 from . import activation, listeners, live_models, on_one_thread, report, settings
 from .activation import originals
 from .conditions import UnsupportedByMax, bypass_reasons, tokens_reasons
-from .dispatch import on_pytorch, out_of_memory_is_unsupported, reasons_of, refuse
+from .dispatch import on_pytorch, out_of_memory_is_unsupported, refuse
 from .text_decoder import decoder_reasons
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class MaxInference(UpstreamInference):
         except UnsupportedByMax as failed:
             if settings.active().mode == "strict":
                 raise
-            self.leave_to_pytorch(reasons_of(failed))
+            self.leave_to_pytorch(failed.reasons)
             return on_pytorch(
                 "inference",
                 lambda: self._resume(tokens, audio_features, hooks),
@@ -153,13 +153,14 @@ class MaxInference(UpstreamInference):
         except UnsupportedByMax as unsupported:
             if settings.active().mode == "strict":
                 raise
-            self.leave_to_pytorch(reasons_of(unsupported))
+            self.leave_to_pytorch(unsupported.reasons)
 
     def _step(self, tokens: Tensor, features: Tensor, hooks: listeners.Pass) -> Tensor:
         session, decoded = self.session, self._decoded
-        for rows in (len(tokens), session.rows if decoded is None else len(decoded)):
-            if rows != session.rows:
-                refuse([f"the decode began with {session.rows} rows and goes on with {rows}"])
+        if len(tokens) != session.rows:
+            refuse([f"the decode began with {session.rows} rows and goes on with {len(tokens)}"])
+        if decoded is not None and len(decoded) != session.rows:
+            refuse([f"the decode began with {session.rows} rows and goes on with {len(decoded)}"])
         n_vocab = len(self.model.decoder.token_embedding.weight)
         device = self._features.device
         refuse(tokens_reasons(tokens, tokens.shape[-1], n_vocab, device))

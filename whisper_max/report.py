@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from . import settings, versions
+from .conditions import UnsupportedByMax
 from .settings import TARGETS, Settings
 
 logger = logging.getLogger("whisper_max")
@@ -29,6 +30,10 @@ FURTHER_REASONS = "further reasons"
 class TargetStatus:
     """The counters of one target.
 
+    patched : whether upstream's name is replaced now
+    max_calls, torch_calls : calls that MAX and that PyTorch ran
+    max_seconds, torch_seconds : wall-clock time in them. Calls contain others (word timestamps
+        encode, a decoding loop on PyTorch infers), so targets do not add up.
     reasons : calls that went to PyTorch, by reason; one counted 0 times is a reason why the
         target was not patched at all
     """
@@ -48,14 +53,18 @@ class Status:
     targets : the counters of each target in `TARGETS`
     versions : installed version by package, "not installed" where there is none
     device : where the MAX path runs
-    precision : the active precision
-    artifact : the state of the compiled graphs
+    mode, precision, compile, cache_dir : the settings in force
+    artifact : the state of the compiled graphs: none (not asked for yet), ready, compiling, failed
+        or missing, with why
     """
 
     targets: dict[str, TargetStatus]
     versions: dict[str, str]
     device: str
+    mode: str
     precision: str
+    compile: str
+    cache_dir: str
     artifact: str
 
     def to_dict(self) -> dict[str, object]:
@@ -80,7 +89,8 @@ class Status:
             for reason, calls in counted.reasons.items():
                 lines.append(f"{target}: {f'{calls} × ' if calls else 'not patched: '}{reason}")
         lines.append(f"device: {self.device}")
-        lines.append(f"precision: {self.precision}")
+        lines.append(f"mode: {self.mode}, precision: {self.precision}, compile: {self.compile}")
+        lines.append(f"cache: {self.cache_dir}")
         lines.append(f"artifact: {self.artifact}")
         lines.append(", ".join(f"{name} {version}" for name, version in self.versions.items()))
         return "\n".join(lines)
@@ -118,6 +128,7 @@ class _Counters:
         self.device = ""
         self.artifact = "none"
         self.announced: set[tuple[str, str, str]] = set()
+        self.failures: set[str] = set()
         self.targets = {target: TargetStatus() for target in TARGETS}
 
     def renew_lock(self) -> None:
@@ -163,6 +174,18 @@ def _count(counted: TargetStatus, reason: str) -> str:
     return reason
 
 
+def failed(what: str, error: Exception) -> UnsupportedByMax:
+    """The reason that an error of MAX's own is, logged as a warning where it is new."""
+    reason = f"MAX failed in {what}: {error}"
+    with _counters.lock:
+        new = reason not in _counters.failures
+        if new and len(_counters.failures) < MAX_REASONS:
+            _counters.failures.add(reason)
+    if new:
+        logger.warning("%s; PyTorch takes over", reason)
+    return UnsupportedByMax(reason)
+
+
 def set_patched(target: str, patched: bool, refusals: Sequence[str] = ()) -> None:
     """Say whether `target` is patched now, and if not, why it was refused."""
     with _counters.lock:
@@ -195,7 +218,10 @@ def snapshot() -> Status:
             targets=targets,
             versions=installed,
             device=_counters.device or active.device or "not in use yet",
+            mode=active.mode,
             precision=active.precision,
+            compile=active.compile,
+            cache_dir=str(active.cache_dir),
             artifact=_counters.artifact,
         )
 
@@ -206,3 +232,4 @@ def reset() -> None:
         for target, counted in _counters.targets.items():
             _counters.targets[target] = TargetStatus(patched=counted.patched)
         _counters.announced.clear()
+        _counters.failures.clear()

@@ -26,6 +26,7 @@ class Entry:
     home : "module:class" in this package, imported in the peer's own process only
     requires : modules that must be installed
     variant : handed to the class
+    arithmetic : what it multiplies the encoder's matrices in: "float32", "bfloat16" or "int8"
     weight_bytes, cross_bytes : how it holds the decoder's weights, and keys and values of cross
         attention, per number; for the bytes that a step must read
     bfloat16 : whether it needs a CPU that multiplies bfloat16
@@ -39,6 +40,7 @@ class Entry:
     home: str
     requires: tuple[str, ...]
     variant: str = ""
+    arithmetic: str = "float32"
     weight_bytes: int = 4
     cross_bytes: int = 4
     bfloat16: bool = False
@@ -68,13 +70,16 @@ class Entry:
         return ""
 
 
-def _whisper_max(precision: str, weight_bytes: int, cross_bytes: int, fresh: bool) -> Entry:
+def _whisper_max(
+    precision: str, arithmetic: str, weight_bytes: int, cross_bytes: int, fresh: bool
+) -> Entry:
     return Entry(
         f"{OURS}-{precision}",
         f"whisper_max {precision}",
         "whisper_max:WhisperMax",
         ("max", "whisper"),
         precision,
+        arithmetic,
         weight_bytes,
         cross_bytes,
         fresh=fresh,
@@ -85,9 +90,9 @@ _CONVERTED = ("faster_whisper", "ctranslate2", "transformers")  # the last one c
 
 PEERS = (
     Entry(BASELINE, "openai-whisper", "openai_whisper:OpenAIWhisper", ("whisper",), fresh=True),
-    _whisper_max("high", 2, 4, fresh=True),
-    _whisper_max("medium", 2, 2, fresh=False),
-    _whisper_max("int8", 1, 2, fresh=True),
+    _whisper_max("high", "float32", 2, 4, fresh=True),
+    _whisper_max("medium", "bfloat16", 2, 2, fresh=False),
+    _whisper_max("int8", "int8", 1, 2, fresh=True),
     Entry(
         "torch-compile",
         "torch.compile",
@@ -100,6 +105,7 @@ PEERS = (
         "torch bf16 autocast",
         "torch_autocast:TorchAutocast",
         ("whisper",),
+        arithmetic="bfloat16",
         weight_bytes=2,
         cross_bytes=2,
         bfloat16=True,
@@ -117,6 +123,7 @@ PEERS = (
         "faster_whisper:FasterWhisper",
         _CONVERTED,
         "int8",
+        arithmetic="int8",
         weight_bytes=1,
         fresh=True,
     ),
@@ -127,6 +134,7 @@ PEERS = (
         "openvino:OpenVINO",
         ("openvino", "whisper"),
         "bf16",
+        arithmetic="bfloat16",
         bfloat16=True,
     ),
     Entry(

@@ -10,7 +10,7 @@ from ..peers import PEER
 from ..results import Results
 from ..samples import summarize
 from ..work import encoder_operations, prefill_operations, step_bytes
-from .markdown import significant, table
+from .markdown import NONE, significant, table
 from .speed import groups, title_of
 
 
@@ -19,7 +19,8 @@ class Achieved:
     """One peer in one scenario.
 
     amount : giga-operations or gigabytes per second, as `unit` says
-    ceiling : what large matrix products or copies reach
+    ceiling : what large matrix products of the peer's arithmetic reach, or large copies; None
+        where that was not measured
     """
 
     scenario: str
@@ -27,12 +28,12 @@ class Achieved:
     peer: str
     amount: float
     unit: str
-    ceiling: float
+    ceiling: float | None
 
     @property
-    def part(self) -> float:
-        """Of the ceiling; above 1 where fewer bytes or faster products than the ceiling's do."""
-        return self.amount / self.ceiling
+    def part(self) -> float | None:
+        """Of the ceiling; above 1 for what does better than PyTorch's large products."""
+        return None if self.ceiling is None else self.amount / self.ceiling
 
 
 def achieved(results: Results) -> Iterator[Achieved]:
@@ -55,8 +56,8 @@ def limits_table(results: Results) -> list[str]:
             f"{title_of((one.scenario, one.model))}, {one.model}",
             PEER[one.peer].label,
             f"{significant(one.amount)} {one.unit}",
-            f"{significant(one.ceiling)} {one.unit}",
-            f"{100 * one.part:.0f} %",
+            NONE if one.ceiling is None else f"{significant(one.ceiling)} {one.unit}",
+            NONE if one.part is None else f"{100 * one.part:.0f} %",
         ]
         for one in achieved(results)
     ]
@@ -66,33 +67,29 @@ def limits_table(results: Results) -> list[str]:
 def ceilings_line(results: Results) -> str:
     """The machine's ceilings in words."""
     ceilings = results.ceilings
-    bfloat16 = ceilings["bfloat16_gflops"]
-    products = f"{significant(ceilings['float32_gflops'])} GFLOP/s in float32" + (
-        " (bfloat16 would be emulated)"
-        if bfloat16 is None
-        else f", {significant(bfloat16)} GFLOP/s in bfloat16"
-    )
+    products = [f"{significant(ceilings['float32_gflops'])} GFLOP/s in float32"]
+    for name in ("bfloat16", "int8"):
+        if ceilings.get(f"{name}_gflops") is not None:
+            products.append(f"{significant(ceilings[f'{name}_gflops'])} GFLOP/s in {name}")
+        else:
+            products.append(f"{name} would be emulated, or was not measured")
     return (
-        f"A large matrix product in PyTorch reaches {products}; a large copy "
+        f"A large matrix product in PyTorch reaches {', '.join(products)}; a large copy "
         f"{significant(ceilings['copy_gbytes'])} GB/s, reading alone "
-        f"{significant(ceilings['read_gbytes'])} GB/s."
+        f"{significant(ceilings['read_gbytes'])} GB/s. A peer's ceiling is that of the arithmetic "
+        "it multiplies in."
     )
 
 
 def _work(
     results: Results, scenario: str, model: str, peer: str
-) -> tuple[str, float, float]:
-    dims, ceilings = results.models[model], results.ceilings
+) -> tuple[str, float, float | None]:
+    dims, ceilings, entry = results.models[model], results.ceilings, PEER[peer]
+    most = ceilings.get(f"{entry.arithmetic}_gflops")
     if scenario == "encoder":
-        return "GFLOP/s", encoder_operations(dims), _most_operations(results)
+        return "GFLOP/s", encoder_operations(dims), most
     if scenario == "prefill":
-        return "GFLOP/s", prefill_operations(dims, len(PROMPT)), _most_operations(results)
-    entry = PEER[peer]
+        return "GFLOP/s", prefill_operations(dims, len(PROMPT)), most
     rows = 5 if scenario == "step_beam5" else 1
     read = step_bytes(dims, rows, entry.weight_bytes, entry.cross_bytes)
     return "GB/s", read, max(ceilings["copy_gbytes"], ceilings["read_gbytes"])
-
-
-def _most_operations(results: Results) -> float:
-    ceilings = results.ceilings
-    return max(ceilings["float32_gflops"], ceilings["bfloat16_gflops"] or 0.0)

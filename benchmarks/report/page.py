@@ -20,10 +20,15 @@ a part, or other sizes. Every peer runs in a process of its own, with the
 same number of threads and the same weights: random ones of the real sizes, rounded to float16 as
 those of official checkpoints are, or the bundled trained checkpoint. Peers take turns
 (A B C, A B C, …), so that a slow minute falls on all of them. A time is the median of the rounds,
-with the range in which half of them lie; a speed-up is the median of the ratios within each round.
-Every peer decodes the same forced number of tokens, which is checked, with random weights; with
-the trained checkpoint, what it hears.
+with the interquartile range (IQR); a speed-up is the median of the ratios within each round.
+With random weights every engine decodes the same forced number of tokens, which is verified; with
+the trained checkpoint, whatever it recognizes.
 """
+
+AHEAD_NOTE = (
+    "Each precision of whisper_max beside the fastest other engine of the same arithmetic, and "
+    "`high`, the default, beside the fastest of all."
+)
 
 EMPTY = "\nNothing has been measured yet.\n"
 
@@ -69,7 +74,7 @@ def section(machine: str, results: Results) -> str:
     remarks = [f"- {PEER[name].label}: {why}" for name, why in results.absent.items()]
     remarks += [f"- {note}" for note in notes(results)]
     if remarks:
-        lines += ["### Absent, and other remarks", "", *remarks, ""]
+        lines += ["### Missing measurements, and notes", "", *remarks, ""]
     return "\n".join(lines)
 
 
@@ -91,12 +96,12 @@ def _speed_lines(machine: str, results: Results) -> list[str]:
         named = "the bundled trained model" if model == TRAINED else f"{model}, random weights"
         lines += [f"**{named}**", "", *speed_up_table(results, model)]
     ahead = list(ahead_of_us(results))
-    lines += ["### Where another peer is ahead of whisper_max", ""]
+    lines += ["### Where another engine is faster", "", AHEAD_NOTE, ""]
     lines += [*(f"- {line}" for line in ahead), ""] if ahead else ["In no scenario here.", ""]
     if results.ceilings:
         lines += ["### Distance to the machine's limits", "", ceilings_line(results), ""]
         lines += [WORK_NOTE, ""]
-        lines += [_image(machine, "roofline", "part of the ceiling that is reached"), ""]
+        lines += [_image(machine, "roofline", "fraction of the ceiling"), ""]
         lines += limits_table(results)
     lines += ["### Times", "", STEP_NOTE, ""]
     for group in groups(results):

@@ -89,12 +89,12 @@ def roofline_figure(results: Results) -> Figure:
     for row, group in enumerate(rows):
         parts = {one.peer: one.part for one in reached if (one.scenario, one.model) == group}
         for place, name in _places(colors):
-            if name in parts:
+            if parts.get(name) is not None:
                 axes.barh(row + place, parts[name], 0.8 / len(colors), color=colors[name])
     axes.set_yticks(range(len(rows)), [f"{title_of(group)}, {group[1]}" for group in rows])
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("achieved, as a part of large matrix products or of reading memory")
+    axes.set_xlabel("of large matrix products in the same arithmetic, or of reading memory")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     labels = [PEER[name].label for name in colors]
     figure.legend(handles, labels, loc="outside lower center", ncols=4)

@@ -40,7 +40,7 @@ def block(by_machine: dict[str, Results]) -> str:
                 NONE if best is None else f"{times(others[best])} {PEER[best].label}",
             ]
         )
-    header = ["", "openai-whisper", *(PEER[name].label for name in ours), "the fastest other"]
+    header = ["", "openai-whisper", *(PEER[name].label for name in ours), "fastest other engine"]
     return "\n".join([*table(header, rows), _legend(results)])
 
 
@@ -56,8 +56,8 @@ def with_block(text: str, figures: str) -> str:
 def _legend(results: Results) -> str:
     cpu, threads = results.machine["cpu_model"], results.threads
     return (
-        f"Times of unpatched openai-whisper in float32, and how many times faster others are: "
-        f"{cpu}, {threads} threads, {results.measured[:10]}. Sizes are real with random weights; "
+        f"First column: time of unpatched openai-whisper, in float32. Others: speed-up over it. "
+        f"{cpu}, {threads} threads, {results.measured[:10]}. Model sizes are real, weights random; "
         f"{TRAINED} is the bundled trained model. "
         "[All figures, and how they were measured](docs/benchmarks.md)"
     )

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..models import TRAINED
-from ..peers import BASELINE, PEER
+from ..peers import BASELINE, OURS, PEER
 from ..results import NOT_OFFERED, Measurement, Results
 from ..samples import Summary, speed_up, summarize
 from ..scenarios import SCENARIO, SCENARIOS
 from .markdown import NONE, duration, significant, table, times
+
+DEFAULT = f"{OURS}-high"
+"""The precision that users get who ask for none."""
 
 Group = tuple[str, str]
 """A scenario and a model: what was measured in turns."""
@@ -68,27 +71,32 @@ def speed_up_table(results: Results, model: str) -> list[str]:
 
 
 def ahead_of_us(results: Results) -> Iterator[str]:
-    """One line for each scenario in which another peer is faster than whisper_max at its best."""
+    """One line for each other peer that beats a precision of whisper_max it is to be compared with.
+
+    Those are the precision with the same arithmetic, and the default one; each is compared with the
+    fastest other peer.
+    """
     for group in groups(results):
         ratios = {name: ratio.median for name, ratio in speed_ups(results, group).items()}
-        ours = {name: ratio for name, ratio in ratios.items() if PEER[name].ours}
-        if not ours:
-            continue
-        others = {BASELINE: 1.0, **{name: r for name, r in ratios.items() if name not in ours}}
-        best, other = max(ours, key=ours.get), max(others, key=others.get)
-        if others[other] > ours[best]:
-            ratio = times(others[other] / ours[best])
-            yield (
-                f"{title_of(group)}, {group[1]}: {PEER[other].label} is {ratio} as fast as "
-                f"{PEER[best].label}"
-            )
+        others = {BASELINE: 1.0, **{n: r for n, r in ratios.items() if not PEER[n].ours}}
+        for our in (name for name in ratios if PEER[name].ours):
+            same = {n: r for n, r in others.items() if PEER[n].arithmetic == PEER[our].arithmetic}
+            rivals = others if our == DEFAULT else same
+            if not rivals:
+                continue
+            best = max(rivals, key=rivals.get)
+            if rivals[best] > ratios[our]:
+                yield (
+                    f"{title_of(group)}, {group[1]}: {PEER[best].label} is "
+                    f"{times(rivals[best] / ratios[our])} as fast as {PEER[our].label}"
+                )
 
 
 def details(results: Results, group: Group) -> list[str]:
     """Every peer of a scenario: time, spread, speed-up, throughput, and what it decoded."""
     baseline = results.find(*group, BASELINE)
     decodes = any(one.audio_seconds for one in results.of_group(*group))
-    header = ["", "median", "half lie within", "speed-up", "half lie within", "runs"]
+    header = ["", "median", "IQR", "speed-up", "IQR", "runs"]
     if decodes:
         header += ["real-time factor", "tokens/s", "tokens as openai-whisper"]
     rows = []
@@ -119,7 +127,7 @@ def notes(results: Results) -> list[str]:
             if remark:
                 lines.setdefault((PEER[one.peer].label, remark), []).append(where)
     return [
-        f"{label}: {_one_line(remark)} ({len(places)} × ; first in: {places[0]})"
+        f"{label}: {_one_line(remark)} ({len(places)} cases, first: {places[0]})"
         for (label, remark), places in lines.items()
     ]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import whisper_max
 
-from ..settings import DEVICES, PRECISIONS
+from ..options import add_options
+from ..settings import DEVICES
 from .errors import CommandError, Parser
 from .sizes import readable
 
@@ -44,6 +45,6 @@ def _parser() -> Parser:
         help="official names, or checkpoints, of which those whose weights do not fit into "
         "float16 need a file of their own; default: for the official models",
     )
-    parser.add_argument("--precision", choices=PRECISIONS, help="as for a transcription")
+    add_options(parser, "precision")
     parser.add_argument("--device", choices=DEVICES, help="default: cpu")
     return parser

@@ -23,7 +23,8 @@ from urllib.error import URLError
 import whisper_max
 
 from ..conditions import UnsupportedByMax
-from ..settings import COMPILE_POLICIES, MODES, PRECISIONS, Settings
+from ..options import add_options
+from ..settings import Settings
 from . import OVERVIEW
 from .errors import FAILED, CommandError, Parser, first_line, import_whisper
 from .inputs import AudioError, check_audio, check_device, check_model, load_audio
@@ -93,9 +94,7 @@ class UpstreamParser(Parser):
         check_model(self.arguments)
         ours = self.add_argument_group("options of whisper_max")
         added = [
-            ours.add_argument("--precision", choices=PRECISIONS, help="of the matrix products"),
-            ours.add_argument("--mode", choices=MODES, help="what to do where MAX cannot run"),
-            ours.add_argument("--compile", choices=COMPILE_POLICIES, help="when to compile"),
+            *add_options(ours),
             ours.add_argument(
                 "--profile", action="store_true", help="print at the end what ran where, to stderr"
             ),
@@ -126,8 +125,20 @@ def _begin(stack: ExitStack, ours: argparse.Namespace, theirs: argparse.Namespac
     check_device(theirs.device)
     check_audio(theirs.audio)
     stack.enter_context(whisper_max.patched(**asked))
-    if ours.profile:  # while it is still patched
-        stack.callback(lambda: print(whisper_max.status(), file=sys.stderr, flush=True))
+    # While it is still patched.
+    stack.callback(_tell_what_ran, ours.profile)
+
+
+def _tell_what_ran(everything: bool) -> None:
+    """Print the status, if it was asked for; else only that nothing ran on MAX, and why."""
+    status = whisper_max.status()
+    if everything:
+        print(status, file=sys.stderr, flush=True)
+        return
+    counted = status.targets.values()
+    reasons = {reason: None for one in counted for reason in one.reasons}
+    if status.mode == "auto" and reasons and not any(one.max_calls for one in counted):
+        print(f"whisper-max: PyTorch did all the work: {'; '.join(reasons)}", file=sys.stderr)
 
 
 def _transcribe(

@@ -12,6 +12,7 @@ from max.driver import CPU, Buffer
 from max.engine import CompiledModel, InferenceSession
 from torch import Tensor
 
+from .. import report
 from ..conditions import UnsupportedByMax
 from ..graphs.specification import HEAD_DIM, MASKED, PANEL
 from . import limits, memory
@@ -38,7 +39,7 @@ class Engine:
             self._has_run = True
             return results
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise UnsupportedByMax(f"MAX failed in {graph}: {error}") from error
+            raise report.failed(graph, error) from error
 
     def pack(self, packed: Tensor, scales: Tensor, matrices: Sequence[Sequence[Tensor]]) -> bool:
         """Writes each layer's matrices, one below the other, into packed weights.

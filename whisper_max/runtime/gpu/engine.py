@@ -18,8 +18,7 @@ from max.dtype import DType
 from max.engine import CompiledModel, InferenceSession
 from torch import Tensor
 
-from ... import on_one_thread
-from ...conditions import UnsupportedByMax
+from ... import on_one_thread, report
 from ...graphs.gpu.specification import TextSizes
 from ...graphs.specification import HEAD_DIM
 from ..tensors import to_buffer
@@ -66,7 +65,7 @@ class GpuEngine:
             yield
         except (RuntimeError, ValueError, MemoryError) as error:
             self.rooms.clear()
-            raise UnsupportedByMax(f"MAX failed in {what}: {error}") from error
+            raise report.failed(what, error) from error
 
 
 class Weights(dict[str, list[Buffer]]):
