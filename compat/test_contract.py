@@ -157,6 +157,27 @@ def test_replaced_method_of_a_class(model, mel, monkeypatch):
     assert any("qkv_attention was replaced" in reason for reason in reasons), reasons
 
 
+@pytest.mark.parametrize("of", ["its class", "the model"])
+def test_a_model_that_hooks_into_the_caches_itself(model, mel, of):
+    """Upstream's inference asks the model for the caches' hooks."""
+    queries = []
+
+    def install(self, cache=None):
+        cache, hooks = whisper.model.Whisper.install_kv_cache_hooks(self, cache)
+        query = self.decoder.blocks[0].cross_attn.query
+        return cache, [*hooks, query.register_forward_hook(lambda *_: queries.append(_[2]))]
+
+    if of == "its class":
+        model.__class__ = type("Recording", (type(model),), {"install_kv_cache_hooks": install})
+    else:
+        model.install_kv_cache_hooks = install.__get__(model)
+    with with_fallback():
+        eight_tokens(whisper_max.accelerate(model), mel)
+        reasons = whisper_max.status().targets["decoding_loop"].reasons
+    assert len(queries) == 8
+    assert any("install_kv_cache_hooks was replaced" in reason for reason in reasons), reasons
+
+
 def eight_tokens(model, mel):
     options = decoding.DecodingOptions(language="en", fp16=False, sample_len=8)
     return model.decode(mel[0], options).tokens

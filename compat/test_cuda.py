@@ -16,7 +16,7 @@ from recordings import samples
 from whisper_max import demo, settings
 from whisper_max.runtime import loading, model_state
 from whisper_max.runtime.gpu import places
-from whisper_max.runtime.gpu.engine import Room
+from whisper_max.runtime.gpu.engine import Workspace
 from whisper_max.runtime.gpu.state import GpuState, audio_sizes
 
 pytestmark = [
@@ -101,21 +101,21 @@ def test_max_comes_after_pytorchs_current_stream_and_pytorch_after_max(on_gpu):
 
 @torch.no_grad()
 def test_a_replayed_step_is_the_step(on_gpu):
-    """Greedy, which replays, against the same decode without capture, in a room of its own."""
+    """Greedy, which replays, against the same decode without capture, in a workspace of its own."""
     replayed = []
-    replay = Room._replay
+    replay = Workspace._replay
 
-    def noting(room, *given):
-        replayed.append(room._captured is not None)
-        return replay(room, *given)
+    def noting(workspace, *given):
+        replayed.append(workspace._captured is not None)
+        return replay(workspace, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Room, "_replay", noting)
+        patch.setattr(Workspace, "_replay", noting)
         expected = load().transcribe(samples("en02"), temperature=0)["text"]
         assert replayed and all(replayed)
         replayed.clear()
         for engine in loading._engines.values():
-            engine.rooms.clear()
+            engine.workspaces.clear()
         patch.setattr(places.CudaPlace, "captures", False)
         assert load().transcribe(samples("en02"), temperature=0)["text"] == expected
         assert replayed and not any(replayed)

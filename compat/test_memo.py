@@ -210,10 +210,10 @@ def test_windows_of_another_length_get_memory_of_their_own(model):
 
 def test_spare_memory_goes_with_its_model(model):
     session = open_session(model, numbers((1, 60, 128), 1))
-    spare = weakref.ref(model_state.state_of(model.decoder, "decoder").spare)
+    pool = weakref.ref(model_state.state_of(model.decoder, "decoder").pool)
     model_state.drop(model.decoder)
     gc.collect()
-    assert spare() is None
+    assert pool() is None
     tokens = token_rows((1, 5), 100, 1)
     features = numbers((1, 60, 128), 1)
     close(session.prefill(tokens, range(5)), on_pytorch(model).decoder(tokens, features))

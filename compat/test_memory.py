@@ -1,14 +1,20 @@
-"""Memory that runs out, and numbers that do not fit: PyTorch's own answer, with the reason."""
+"""Memory that runs out, numbers that do not fit, and errors that are not MAX's."""
 
 from __future__ import annotations
 
+import gc
+import signal
+import weakref
+
 import pytest
 import torch
+import whisper
 from hypothesis import given
 from hypothesis import strategies as st
 from whisper import decoding
 
 import whisper_max
+from harness import on_max
 from strategies import numbers, seeds, small, token_rows
 from whisper_max.dispatch import out_of_memory_is_unsupported
 from whisper_max.runtime import decoder_session, model_state, weights
@@ -169,3 +175,35 @@ def test_keys_and_values_that_overflow_are_foreseen(seed, scale, bias):
     foreseen = weights.may_overflow(weights.reach(decoder.state_dict()), features)
     assert foreseen or largest < 65504
     assert not foreseen or max(largest, bias) > 2000  # not without need either
+
+
+@pytest.mark.parametrize("raised", [RuntimeError, ValueError])
+def test_what_a_signal_handler_raises_is_the_programs(raised):
+    """Python runs handlers behind a call of native code: inside of what is taken for MAX's."""
+
+    def time_is_over(number, frame):
+        raise raised("time is over")
+
+    before = signal.signal(signal.SIGALRM, time_is_over)
+    try:
+        with on_max():
+            encoder = whisper.model.AudioEncoder(80, 1500, 384, 6, 4)
+            windows = numbers((48, 80, 3000), 1)
+            encoder(windows[:1])
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(raised, match="time is over"):
+                encoder(windows)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_parameter_that_refers_to_its_model_does_not_keep_it():
+    model = small().build().requires_grad_()
+    model.encoder.conv1.weight.register_hook(lambda gradient, model=model: gradient)
+    with on_max():
+        whisper_max.accelerate(model).encoder(numbers((1, 80, 120), 1))
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None

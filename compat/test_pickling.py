@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -105,6 +106,28 @@ def test_copies_have_a_state_of_their_own(expected, how):
         assert_close(model(MEL, TOKENS), expected)
         states = [model_state.state_of(m.encoder, "encoder") for m in (model, twin)]
         assert (states[0] is states[1]) == (how is copy.copy)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_a_subclass_says_how_it_is_copied(how):
+    with on_max():
+
+        class WithALock(whisper.model.AudioEncoder):
+            def __init__(self, *sizes):
+                super().__init__(*sizes)
+                self.lock = threading.Lock()
+
+            def __getstate__(self):
+                return {**self.__dict__, "lock": None}
+
+            def __setstate__(self, state):
+                super().__setstate__(state)
+                self.lock = threading.Lock()
+
+        one = WithALock(80, 60, 128, 2, 1)
+        twin = how(one)
+        assert type(twin) is WithALock and twin.lock is not one.lock
+        assert (twin.conv1.weight is one.conv1.weight) == (how is copy.copy)
 
 
 @pytest.mark.parametrize("how", ["the model", "its parts"])

@@ -22,8 +22,8 @@ ROOT = Path(whisper_max.__file__).parents[1]
 FORKED = "this process was forked: MAX does not survive a fork"
 
 
-def run(program: str, *arguments: str) -> str:
-    """What a program of `programs` prints."""
+def run(program: str, *arguments: str, silent: bool = False) -> str:
+    """What a program of `programs` prints; `silent`: nothing to standard error."""
     done = subprocess.run(
         [sys.executable, str(PROGRAMS / program), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -32,6 +32,7 @@ def run(program: str, *arguments: str) -> str:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert not (silent and done.stderr), done.stderr
     return done.stdout
 
 
@@ -81,3 +82,9 @@ def test_a_forked_child_can_end_as_it_likes():
     parent, child, status = run("bare_fork.py").splitlines()
     assert parent == child
     assert status == "3"
+
+
+@pytest.mark.parametrize("what", ["signal", "thread", "fork"])
+def test_a_program_notices_nothing_else(what):
+    """Its own handler of SIGUSR2, the end of a first use in a thread, a fork during that."""
+    assert run("side_effects.py", what, silent=True) == "as without whisper_max\n"

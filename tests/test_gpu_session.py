@@ -37,8 +37,8 @@ from whisper_max.runtime.gpu.engine import (
     MOST_BEAMS,
     RANKED,
     GpuEngine,
-    Room,
-    Rooms,
+    Workspace,
+    WorkspacePool,
     Weights,
 )
 from whisper_max.runtime.gpu.places import CudaPlace, Place
@@ -57,6 +57,11 @@ def zeros(rows: int, ranked: int) -> list[Buffer]:
     return [Buffer.zeros((rows, ranked), kind, CPU()) for kind in (DType.float32, DType.int32)]
 
 
+def raise_as_max(error: Exception) -> None:
+    """Raises it in a module of MAX's name."""
+    exec("raise error", {"__name__": "max.engine.api", "error": error})
+
+
 class Step:
     """Stands in for the loaded step: notes what is done with it, and what it would read."""
 
@@ -71,7 +76,7 @@ class Step:
         addresses = [operand._data_ptr() for operand in operands]
         self.calls.append((name, key, tokens, position, parents, addresses))
         if name in self.fails:
-            raise RuntimeError(self.fails[name])
+            raise_as_max(RuntimeError(self.fails[name]))
 
     def execute(self, *operands: Buffer) -> list[Buffer]:
         self._note("execute", None, operands)
@@ -104,28 +109,28 @@ def engine() -> GpuEngine:
     made = GpuEngine.__new__(GpuEngine)
     made.place = Capturing(torch.device("cpu"), CPU(), "cpu")
     made.graphs = {name: Step() for name in ("decoder_step", "decoder_greedy_step", "cross_kv")}
-    made.rooms = Rooms()
+    made.workspaces = WorkspacePool()
     return made
 
 
 @pytest.fixture
-def room(engine) -> Room:
-    return Room(engine, SIZES, DType.float32, 1, 2)
+def workspace(engine) -> Workspace:
+    return Workspace(engine, SIZES, DType.float32, 1, 2)
 
 
 WEIGHTS = Weights(decoder=[], cross_kv=[])
 
 
 def step(
-    room: Room, position: int, parents: list[int], weights: Weights = WEIGHTS
+    workspace: Workspace, position: int, parents: list[int], weights: Weights = WEIGHTS
 ) -> tuple[np.ndarray, np.ndarray]:
-    return room.step([3, 4], position, parents, RULES, weights)
+    return workspace.step([3, 4], position, parents, RULES, weights)
 
 
-def test_a_step_is_captured_once_and_replayed_from_the_same_memory(engine, room):
+def test_a_step_is_captured_once_and_replayed_from_the_same_memory(engine, workspace):
     calls = engine.graphs["decoder_step"].calls
-    _, best = step(room, 2, [1, 1])
-    step(room, 3, [1, 0])
+    _, best = step(workspace, 2, [1, 1])
+    step(workspace, 3, [1, 0])
     assert engine.graphs["decoder_step"].names == ["execute", "capture", "replay", "replay"]
     # What only prepares the capture must not reorder beams, which the replay does once more.
     parents = [call[4].tolist() for call in calls]
@@ -137,42 +142,42 @@ def test_a_step_is_captured_once_and_replayed_from_the_same_memory(engine, room)
     assert best.tolist() == [[7] * RANKED] * 2
 
 
-def test_a_captured_step_is_not_replayed_for_other_weights(engine, room):
-    """Two models of one size share the engine, and its rooms."""
+def test_a_captured_step_is_not_replayed_for_other_weights(engine, workspace):
+    """Two models of one size share the engine, and its workspaces."""
     others = Weights(decoder=[], cross_kv=[])
     for weights in (WEIGHTS, WEIGHTS, others, others):
-        step(room, 0, [0, 1], weights)
+        step(workspace, 0, [0, 1], weights)
     captured = ["execute", "capture", "replay", "replay"]
     assert engine.graphs["decoder_step"].names == [*captured, "release", *captured]
     # Nor for weights that are new in the place of those that are gone.
     del others, weights
     gc.collect()
-    step(room, 0, [0, 1], Weights(decoder=[], cross_kv=[]))
+    step(workspace, 0, [0, 1], Weights(decoder=[], cross_kv=[]))
     assert engine.graphs["decoder_step"].names[-4:] == ["release", *captured[:3]]
 
 
-def test_a_captured_step_is_not_replayed_for_another_graph(engine, room):
+def test_a_captured_step_is_not_replayed_for_another_graph(engine, workspace):
     greedy, beams = engine.graphs["decoder_greedy_step"], engine.graphs["decoder_step"]
-    room.step([3, 4], 0, [0, 1], RULES, WEIGHTS, "decoder_greedy_step")
-    step(room, 1, [0, 1])
+    workspace.step([3, 4], 0, [0, 1], RULES, WEIGHTS, "decoder_greedy_step")
+    step(workspace, 1, [0, 1])
     assert greedy.names == ["execute", "capture", "replay", "release"]
     assert beams.names == ["execute", "capture", "replay"]
 
 
-def test_two_rooms_have_captures_of_their_own(engine, room):
-    other = Room(engine, SIZES, DType.float32, 1, 2)
-    step(room, 0, [0, 1])
+def test_two_rooms_have_captures_of_their_own(engine, workspace):
+    other = Workspace(engine, SIZES, DType.float32, 1, 2)
+    step(workspace, 0, [0, 1])
     step(other, 0, [0, 1])
     keys = [call[1] for call in engine.graphs["decoder_step"].calls if call[0] == "replay"]
     assert len(set(keys)) == 2
 
 
-def test_without_capture_a_step_is_executed(engine, room, caplog):
+def test_without_capture_a_step_is_executed(engine, workspace, caplog):
     model = engine.graphs["decoder_step"]
     model.fails["capture"] = "operation not permitted when stream is capturing"
     with caplog.at_level(logging.WARNING, "whisper_max"):
-        step(room, 0, [0, 1])
-        step(room, 1, [1, 0])
+        step(workspace, 0, [0, 1])
+        step(workspace, 1, [1, 0])
     assert model.names == ["execute", "capture", "execute", "execute"]
     assert [record.getMessage() for record in caplog.records] == [
         "a decoding step could not be captured, and runs as it is: "
@@ -182,136 +187,136 @@ def test_without_capture_a_step_is_executed(engine, room, caplog):
 
 def test_where_nothing_can_be_captured_nothing_is_tried(engine):
     engine.place = Place(torch.device("cpu"), CPU(), "cpu")
-    step(Room(engine, SIZES, DType.float32, 1, 2), 0, [0, 1])
+    step(Workspace(engine, SIZES, DType.float32, 1, 2), 0, [0, 1])
     assert engine.graphs["decoder_step"].names == ["execute"]
 
 
 @pytest.mark.parametrize("failing", ["execute", "replay"])
-def test_a_failing_step_leaves_the_call_to_pytorch_and_frees_idle_rooms(engine, room, failing):
-    engine.rooms.give(Room(engine, SIZES, DType.float32, 1, 1))
+def test_a_failing_step_leaves_the_call_to_pytorch_and_frees_the_idle(engine, workspace, failing):
+    engine.workspaces.give(Workspace(engine, SIZES, DType.float32, 1, 1))
     engine.graphs["decoder_step"].fails[failing] = "CUDA_ERROR_OUT_OF_MEMORY"
     with pytest.raises(UnsupportedByMax, match="CUDA_ERROR_OUT_OF_MEMORY"):
-        step(room, 0, [0, 1])
-    engine.rooms.give(room)  # as its decode does in the end
+        step(workspace, 0, [0, 1])
+    engine.workspaces.give(workspace)  # as its decode does in the end
     for shape in ((1, 1), (1, 2)):
-        assert engine.rooms.take(shape, WEIGHTS, torch.zeros(1)) is None
+        assert engine.workspaces.take(shape, WEIGHTS, torch.zeros(1)) is None
 
 
-def test_a_room_that_does_not_fit_into_memory_is_no_room(engine, monkeypatch):
+def test_a_workspace_that_does_not_fit_into_memory_is_none(engine, monkeypatch):
     def full(*arguments):
-        raise ValueError("out of memory")
+        raise_as_max(ValueError("out of memory"))
 
     monkeypatch.setattr("whisper_max.runtime.gpu.engine.Buffer", full)
-    with pytest.raises(UnsupportedByMax, match="in making room for a decode: out of memory"):
-        Room(engine, SIZES, DType.float32, 1, 1)
+    with pytest.raises(UnsupportedByMax, match="in making a decode's workspace: out of memory"):
+        Workspace(engine, SIZES, DType.float32, 1, 1)
 
 
-def test_a_captured_step_goes_with_its_room(engine):
-    room = Room(engine, SIZES, DType.float32, 1, 2)
-    step(room, 0, [0, 1])
+def test_a_captured_step_goes_with_its_workspace(engine):
+    workspace = Workspace(engine, SIZES, DType.float32, 1, 2)
+    step(workspace, 0, [0, 1])
     key = engine.graphs["decoder_step"].calls[-1][1]
-    del room
+    del workspace
     gc.collect()
     assert engine.graphs["decoder_step"].calls[-1] == ("release", key)
 
 
-def test_a_decode_gets_the_room_that_holds_its_features(engine):
+def test_a_decode_gets_the_workspace_that_holds_its_features(engine):
     filled = engine.graphs["cross_kv"].calls
     features = [torch.full((1, 6, 64), float(i)) for i in range(2)]
-    rooms = [Room(engine, SIZES, DType.float32, 1, 2) for _ in features]
-    for room, held in zip(rooms, features):
-        room.fill(WEIGHTS, held)
-        engine.rooms.give(room)
-    assert engine.rooms.take((1, 3), WEIGHTS, features[0]) is None
-    assert engine.rooms.take((1, 2), WEIGHTS, features[1].clone()) is rooms[1]
-    rooms[1].fill(WEIGHTS, features[1].clone())
+    workspaces = [Workspace(engine, SIZES, DType.float32, 1, 2) for _ in features]
+    for workspace, held in zip(workspaces, features):
+        workspace.fill(WEIGHTS, held)
+        engine.workspaces.give(workspace)
+    assert engine.workspaces.take((1, 3), WEIGHTS, features[0]) is None
+    assert engine.workspaces.take((1, 2), WEIGHTS, features[1].clone()) is workspaces[1]
+    workspaces[1].fill(WEIGHTS, features[1].clone())
     assert len(filled) == 2
-    # For other weights, though the same features: a room to be filled anew.
+    # For other weights, though the same features: a workspace to be filled anew.
     others = Weights(decoder=[], cross_kv=[])
-    assert engine.rooms.take((1, 2), others, features[0]) is rooms[0]
-    rooms[0].fill(others, features[0])
+    assert engine.workspaces.take((1, 2), others, features[0]) is workspaces[0]
+    workspaces[0].fill(others, features[0])
     assert len(filled) == 3
-    assert engine.rooms.take((1, 2), WEIGHTS, features[0]) is None
+    assert engine.workspaces.take((1, 2), WEIGHTS, features[0]) is None
 
 
-def test_a_room_does_not_keep_weights(engine, room):
+def test_a_workspace_does_not_keep_weights(engine, workspace):
     weights = Weights(decoder=[], cross_kv=[])
-    room.fill(weights, torch.zeros(1, 6, 64))
-    step(room, 0, [0, 1], weights)
+    workspace.fill(weights, torch.zeros(1, 6, 64))
+    step(workspace, 0, [0, 1], weights)
     gone = weakref.ref(weights)
     del weights
     assert gone() is None
-    assert not room.is_for(Weights(decoder=[], cross_kv=[]), torch.zeros(1, 6, 64))
+    assert not workspace.is_for(Weights(decoder=[], cross_kv=[]), torch.zeros(1, 6, 64))
 
 
-def test_operands_of_another_size_are_a_fault(room):
+def test_operands_of_another_size_are_a_fault(workspace):
     with pytest.raises(ValueError, match="reshape"):
-        room.step([3], 0, [0, 1], RULES, WEIGHTS)
+        workspace.step([3], 0, [0, 1], RULES, WEIGHTS)
 
 
 def test_two_rooms_wait_for_the_next_decode(engine):
-    rooms = [Room(engine, SIZES, DType.float32, 1, beams) for beams in (1, 2, 3)]
-    for room in rooms:
-        engine.rooms.give(room)
-    taken = [engine.rooms.take((1, beams), WEIGHTS, torch.zeros(1)) for beams in (1, 2, 3)]
-    assert taken == [None, *rooms[1:]]
+    workspaces = [Workspace(engine, SIZES, DType.float32, 1, beams) for beams in (1, 2, 3)]
+    for workspace in workspaces:
+        engine.workspaces.give(workspace)
+    taken = [engine.workspaces.take((1, beams), WEIGHTS, torch.zeros(1)) for beams in (1, 2, 3)]
+    assert taken == [None, *workspaces[1:]]
 
 
-def test_a_room_comes_back_while_another_is_taken(engine, monkeypatch):
+def test_a_workspace_comes_back_while_another_is_taken(engine, monkeypatch):
     """The garbage collector gives them back, at any time and in any thread."""
-    first, second = (Room(engine, SIZES, DType.float32, 1, 2) for _ in range(2))
+    first, second = (Workspace(engine, SIZES, DType.float32, 1, 2) for _ in range(2))
 
-    def found_after_a_collection(room, weights, features):
-        engine.rooms.give(second)
+    def found_after_a_collection(workspace, weights, features):
+        engine.workspaces.give(second)
         return True
 
-    monkeypatch.setattr(Room, "is_for", found_after_a_collection)
-    engine.rooms.give(first)
+    monkeypatch.setattr(Workspace, "is_for", found_after_a_collection)
+    engine.workspaces.give(first)
     taken = []
     taker = threading.Thread(
-        target=lambda: taken.append(engine.rooms.take((1, 2), WEIGHTS, torch.zeros(1))),
+        target=lambda: taken.append(engine.workspaces.take((1, 2), WEIGHTS, torch.zeros(1))),
         daemon=True,
     )
     taker.start()
     taker.join(timeout=30)
     assert taken == [first]
-    assert list(engine.rooms._idle) == [second]
+    assert list(engine.workspaces._idle) == [second]
 
 
-def test_a_gpu_without_memory_for_the_features_has_what_idle_rooms_held(engine, room):
+def test_a_gpu_without_memory_for_the_features_has_what_idle_rooms_held(engine, workspace):
     class Features:
         def clone(self):
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise_as_max(torch.cuda.OutOfMemoryError("CUDA out of memory"))
 
-    engine.rooms.give(room)
-    another = Room(engine, SIZES, DType.float32, 1, 2)
+    engine.workspaces.give(workspace)
+    another = Workspace(engine, SIZES, DType.float32, 1, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_engine, "to_buffer", lambda features: another._tokens.buffer)
         with pytest.raises(UnsupportedByMax, match="keeping audio features: CUDA out of memory"):
             another.fill(WEIGHTS, Features())
-    assert not engine.rooms._idle
+    assert not engine.workspaces._idle
     assert not another.is_for(WEIGHTS, Features())
 
 
-def test_a_selection_masks_what_is_suppressed(engine, room):
-    GpuSelection(room, (2, 5), SIZES.n_vocab, 1)
+def test_a_selection_masks_what_is_suppressed(engine, workspace):
+    GpuSelection(workspace, (2, 5), SIZES.n_vocab, 1)
     expected = [MASKED if token in (2, 5) else 0 for token in range(9)]
-    assert room._mask.buffer.to_numpy() == pytest.approx(expected)
+    assert workspace._mask.buffer.to_numpy() == pytest.approx(expected)
 
 
-def session(room: Room) -> GpuSession:
-    """A decode in a room, of which the prompt is there."""
+def session(workspace: Workspace) -> GpuSession:
+    """A decode in a workspace, of which the prompt is there."""
     made = GpuSession.__new__(GpuSession)
-    made._room, made._ready = room, GpuReady(room._engine, WEIGHTS)
+    made._workspace, made._ready = workspace, GpuReady(workspace._engine, WEIGHTS)
     made.length, made._n_text_ctx = 1, SIZES.n_text_ctx
-    made._identity = made._parents = list(range(room.rows))
+    made._identity = made._parents = list(range(workspace.rows))
     return made
 
 
 def test_greedy_decoding_ranks_one_token(engine):
     engine.graphs["decoder_greedy_step"].results = zeros(2, 1)
     engine.place = Place(torch.device("cpu"), CPU(), "cpu")
-    decode = session(Room(engine, SIZES, DType.float32, 1, 2))
+    decode = session(Workspace(engine, SIZES, DType.float32, 1, 2))
     for count, graph in ((1, "decoder_greedy_step"), (2, "decoder_step")):
         selection = decode.selection((), SIZES.n_vocab, count)
         logprobs, best = decode.select([3, 4], selection, RULES)
@@ -331,7 +336,7 @@ def test_beams_that_change_places_are_few_and_of_one_window(engine):
     ]:
         rows = windows * beams
         engine.graphs["decoder_step"].results = zeros(rows, RANKED)
-        decode = session(Room(engine, SIZES, DType.float32, windows, beams))
+        decode = session(Workspace(engine, SIZES, DType.float32, windows, beams))
         decode.reorder(parents)
         selection = decode.selection((), SIZES.n_vocab, 2)
         with pytest.raises(UnsupportedByMax, match=reason) if reason else nullcontext():

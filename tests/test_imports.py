@@ -20,7 +20,7 @@ LAYERS = [
     {"kernels", "gpu_kernels"},
     {"graphs"},
     {"runtime"},
-    {"listeners"},
+    {"first_use", "listeners"},
     {"audio_encoder", "text_decoder"},
     {"live_models"},
     {"inference", "selection", "decoding_loop", "decoding_task", "alignment"},

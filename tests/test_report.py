@@ -49,16 +49,31 @@ def test_status_is_plain_data_with_all_targets():
     assert json.loads(json.dumps(status)) == status
 
 
+def raised_in(module: str, text: str) -> ValueError:
+    """An error as a module of this name raises it."""
+    with pytest.raises(ValueError) as raised:
+        exec("raise ValueError(text)", {"__name__": module, "text": text})
+    return raised.value
+
+
 def test_a_failure_of_max_is_a_reason_and_a_warning_once(caplog):
-    reason = report.failed("encoder", ValueError("a shape"))
+    reason = report.failed("encoder", raised_in("max.engine.api", "a shape"))
     assert reason.reasons == ("MAX failed in encoder: a shape",)
-    report.failed("encoder", ValueError("a shape"))
-    report.failed("encoder", ValueError("another"))
+    report.failed("encoder", raised_in("max.engine.api", "a shape"))
+    report.failed("encoder", raised_in("whisper_max.runtime.engine", "another"))
     assert [record.getMessage() for record in caplog.records] == [
         "MAX failed in encoder: a shape; PyTorch takes over",
         "MAX failed in encoder: another; PyTorch takes over",
     ]
     assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+@pytest.mark.parametrize("module", ["__main__", "torch.utils.data._utils.signal_handling"])
+def test_what_a_signal_handler_raises_is_no_failure_of_max(module, caplog):
+    error = raised_in(module, "time is over")
+    with pytest.raises(ValueError, match="time is over"):
+        report.failed("encoder", error)
+    assert not caplog.records
 
 
 def test_a_snapshot_does_not_change_with_later_calls():

@@ -16,7 +16,7 @@ from torch import Tensor
 from whisper import timing
 from whisper.model import Whisper
 
-from . import activation, listeners, live_models, settings
+from . import activation, first_use, listeners, live_models, settings
 from .activation import originals
 from .conditions import bypass_reasons, device_of, tensor_reasons
 from .dispatch import refuse, run
@@ -110,8 +110,6 @@ class _StandIn:
 
     def __call__(self, mel: Tensor, tokens: Tensor) -> Tensor:
         """Logits, shape = (1, tokens, n_vocab); the hooks get the scores of the alignment heads."""
-        from .runtime import paths
-
         decoder = self.model.decoder
         # Before the encoder runs, which PyTorch would run again.
         refuse(call_reasons(decoder, tokens) or tensor_reasons("mel", mel, device_of(decoder)))
@@ -119,10 +117,10 @@ class _StandIn:
         shape = tuple(self.alignment_heads.shape)
         if shape != (len(decoder.blocks), decoder.blocks[0].attn.n_head):
             refuse([f"alignment_heads have the shape {shape}"])
-        paths.ready_to_decode(decoder, mel, settings.active())
+        first_use.paths().ready_to_decode(decoder, mel, settings.active())
         features = self.model.encoder(mel)
         refuse(audio_reasons(decoder, tokens, features))
-        session = paths.open_session(decoder, features, 1, settings.active())
+        session = first_use.paths().open_session(decoder, features, 1, settings.active())
         heads = self.alignment_heads.indices().T.tolist()
         logits, scores = session.align(tokens, heads)
         shape = (1, decoder.blocks[0].cross_attn.n_head, *scores.shape[1:])

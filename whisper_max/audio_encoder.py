@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from whisper.model import AudioEncoder
 
-from . import activation, listeners, settings
+from . import activation, first_use, listeners, settings
 from .activation import originals
 from .changed_parts import encoder_changes
 from .class_swap import SwappedModule
@@ -51,12 +51,10 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
         )
 
     def _on_max(self, mel: Tensor, hooks: listeners.Pass) -> Tensor:
-        from .runtime import paths
-
         active = settings.active()
         device = device_of(self)
         refuse(context_reasons(self) or device_reasons(device, active.device))
         refuse([*tensor_reasons("mel", mel, device), *encoder_changes(self)])
         refuse(mel_reasons(mel, self.conv1.weight.shape[1], 2 * len(self.positional_embedding)))
         hooks.encoder(listeners.places_of(self), mel)
-        return paths.encode(self, mel, active)
+        return first_use.paths().encode(self, mel, active)

@@ -6,6 +6,10 @@ import copy
 from abc import ABCMeta
 from collections.abc import Callable
 
+# What `conditions` looks at is imported now, not in the first call: a fork in the middle of that
+# leaves a child that waits for its end for ever.
+import torch.fx._symbolic_trace
+import torch.utils._device  # noqa: F401
 from torch import nn
 
 from . import activation
@@ -49,12 +53,16 @@ class SwappedModule(nn.Module, metaclass=_NamedAsUpstream):
         return vars(type(self)).get("_upstream", type(self).__name__)
 
     def __deepcopy__(self, memo: dict) -> SwappedModule:
+        if not self._is_exactly_ours():  # a subclass may say itself how it is copied
+            return copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # as without this method
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return self._on_the_same_path(twin)
 
     def __copy__(self) -> SwappedModule:
+        if not self._is_exactly_ours():
+            return copy._reconstruct(self, None, *self.__reduce_ex__(4))
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return self._on_the_same_path(twin)
@@ -78,6 +86,10 @@ class SwappedModule(nn.Module, metaclass=_NamedAsUpstream):
         if wants_gradients(self) or changes(self):
             model_state.drop(self)
 
+    def _is_exactly_ours(self) -> bool:
+        """Whether this is no instance of a user's subclass."""
+        return "_upstream" in vars(type(self))
+
     def _on_the_same_path(self, twin: SwappedModule) -> SwappedModule:
         """A copy of a module that was taken up is taken up as well, and given back with it."""
         for taken_up in (activation.accelerated, activation.adopted):
@@ -86,6 +98,6 @@ class SwappedModule(nn.Module, metaclass=_NamedAsUpstream):
         return twin
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        if "_upstream" not in vars(type(self)):
+        if not self._is_exactly_ours():
             return super().__reduce_ex__(protocol)  # a subclass of ours pickles as itself
         return New(type(self), self._upstream, "whisper.model"), (), self.__dict__

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from whisper.decoding import PyTorchInference
 
-from . import activation, listeners, live_models, on_one_thread, report, settings
+from . import activation, first_use, listeners, live_models, on_one_thread, report, settings
 from .activation import originals
+from .changed_parts import has_replaced
 from .conditions import UnsupportedByMax, bypass_reasons, tokens_reasons
 from .dispatch import on_pytorch, out_of_memory_is_unsupported, refuse
 from .text_decoder import decoder_reasons
@@ -121,14 +122,12 @@ class MaxInference(UpstreamInference):
 
         refuse_hooks : whether hooks that listen inside the decoder are such a reason
         """
-        from .runtime import paths
-
         refuse(inference_reasons(self, tokens, audio_features))
         self._listening = listeners.places_of(self.model.decoder)
         if refuse_hooks:
             refuse(self._listening.reasons())
         with out_of_memory_is_unsupported():
-            self.session = paths.open_session(
+            self.session = first_use.paths().open_session(
                 self.model.decoder, audio_features, len(tokens), settings.active()
             )
         self._features = audio_features
@@ -196,6 +195,8 @@ def inference_reasons(
         reasons.append(off)
     if not live_models.is_max(model.decoder):
         reasons.append("the decoder is not on MAX")
+    if has_replaced(model, "install_kv_cache_hooks", "whisper.model"):
+        reasons.append("the model's install_kv_cache_hooks was replaced")
     reasons += bypass_reasons("decoder", model.decoder)
     reasons += decoder_reasons(model.decoder, tokens, audio_features)
     if not reasons:

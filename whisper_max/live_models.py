@@ -65,8 +65,9 @@ def restore(model: Model) -> Model:
 def refresh(model: Model) -> Model:
     """Take the weights of `model` anew at the next call.
 
-    Needed only after changing weights in a way that PyTorch does not count: through `.data`,
-    through a NumPy or DLPack view, or through the memory of a vector that parameters were made of.
+    Needed only after changing weights in a way that PyTorch does not count: through `.data` or a
+    storage, through a NumPy or DLPack view, through the memory of a vector that parameters were
+    made of, or by a collective of `torch.distributed`.
     Other changes are noticed, and in training, where PyTorch runs the model, these are as well.
     Raises TypeError as accelerate().
     """

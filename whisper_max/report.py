@@ -175,7 +175,13 @@ def _count(counted: TargetStatus, reason: str) -> str:
 
 
 def failed(what: str, error: Exception) -> UnsupportedByMax:
-    """The reason that an error of MAX's own is, logged as a warning where it is new."""
+    """The reason that an error of MAX's own is, logged as a warning where it is new.
+
+    Raises the error itself where it is not: a signal's handler may have raised it, as Python runs
+    those behind a call of native code.
+    """
+    if not is_of_max(error):
+        raise error
     reason = f"MAX failed in {what}: {error}"
     with _counters.lock:
         new = reason not in _counters.failures
@@ -184,6 +190,20 @@ def failed(what: str, error: Exception) -> UnsupportedByMax:
     if new:
         logger.warning("%s; PyTorch takes over", reason)
     return UnsupportedByMax(reason)
+
+
+def is_of_max(error: Exception) -> bool:
+    """Whether an error was raised by MAX, or by native code that we or PyTorch called.
+
+    What else raises while native code runs is a handler of a signal: the user's, or PyTorch's own
+    for the workers of a DataLoader.
+    """
+    traceback = error.__traceback__
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = str(traceback.tb_frame.f_globals.get("__name__"))
+    of_ours = module.partition(".")[0] in ("max", "torch", __package__)
+    return of_ours and not module.startswith("torch.utils.data.")
 
 
 def set_patched(target: str, patched: bool, refusals: Sequence[str] = ()) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from whisper.model import TextDecoder
 
-from . import activation, listeners, settings
+from . import activation, first_use, listeners, settings
 from .activation import originals
 from .changed_parts import decoder_changes
 from .class_swap import SwappedModule
@@ -57,12 +57,10 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
     def _on_max(
         self, tokens: Tensor, features: Tensor, kv_cache: dict | None, hooks: listeners.Pass
     ) -> Tensor:
-        from .runtime import paths
-
         if kv_cache is not None:
             refuse(["the call brings its own kv_cache"])
         refuse(decoder_reasons(self, tokens, features))
-        session = paths.open_session(self, features, len(tokens), settings.active())
+        session = first_use.paths().open_session(self, features, len(tokens), settings.active())
         return hooks.decoder(listeners.places_of(self), session, tokens, features)
 
 

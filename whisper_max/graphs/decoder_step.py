@@ -58,17 +58,17 @@ def decoder_step(
 ) -> Graph:
     """Runs new tokens through the decoder. Operands: those of `decoder_types`, then
 
-    streams_shape, shape = (2 * layers + 1 or 0, rows * tokens, n_state), float32
+    residuals_shape, shape = (2 * layers + 1 or 0, rows * tokens, n_state), float32
         only its shape is read
 
     and the weights. Returns logits, shape = (wanted, 1, n_vocab); scores, shape = (slots, rows *
-    tokens, padded frames): cross-attention products before softmax; and streams, of that shape: x
+    tokens, padded frames): cross-attention products before softmax; and residuals, of that shape: x
     before and after each cross attention and at the end.
     """
     weights = dict(inputs(DECODER, storage, device))
     types = [
         *decoder_types(storage, device),
-        TensorType(DType.float32, ("streams", "stream_rows", "n_state"), device),
+        TensorType(DType.float32, ("residuals", "residual_rows", "n_state"), device),
     ]
     graph = Graph(
         "decoder_step",
@@ -121,16 +121,16 @@ def decoder_select(
 
 
 def _decode(
-    layer: Layers, operands: list, streams_shape: ShapeLike
+    layer: Layers, operands: list, residuals_shape: ShapeLike
 ) -> tuple[TensorValue, TensorValue, TensorValue]:
     tokens, position, source, wanted, slots = (value.tensor for value in operands[:5])
     score_shape = operands[5].tensor.shape
     self_cache, keys, values = operands[6].buffer, operands[7].tensor, operands[8].tensor
 
     x = layer.embed(tokens, position)  # (rows, tokens, n_state)
-    x, scores, streams = layer.decoder_blocks(
-        x, self_cache, keys, values, source, position, slots, score_shape, streams_shape
+    x, scores, residuals = layer.decoder_blocks(
+        x, self_cache, keys, values, source, position, slots, score_shape, residuals_shape
     )
     x = layer.take_rows(x, wanted)  # (wanted, 1, n_state)
     logits = layer.linear(x, "decoder.token_embedding", norm="decoder.ln")
-    return logits, scores, streams
+    return logits, scores, residuals

@@ -150,7 +150,7 @@ class Layers:
         position: TensorValue,
         score_slots: TensorValue,
         score_shape: ShapeLike,
-        streams_shape: ShapeLike,
+        residuals_shape: ShapeLike,
     ) -> tuple[TensorValue, TensorValue, TensorValue]:
         """All residual attention blocks of the decoder, for new tokens at position[0].
 
@@ -159,7 +159,7 @@ class Layers:
         shape has no elements, x before and after each cross attention and at the end, shape =
         (2 * layers + 1, rows * tokens, n_state).
         """
-        result, raw_scores, streams = ops.inplace_custom(
+        result, raw_scores, residuals = ops.inplace_custom(
             "whisper_decoder_blocks",
             self.device,
             [
@@ -173,14 +173,14 @@ class Layers:
                 self.threads,
                 *self._operands(DECODER_BLOCKS),
             ],
-            [self._type(x.shape), self._type(score_shape), self._type(streams_shape)],
+            [self._type(x.shape), self._type(score_shape), self._type(residuals_shape)],
             parameters={
                 "width": self.storage.width,
                 "product": self.storage.product,
                 "tiles": self.storage.tiles,
             },
         )
-        return result.tensor, raw_scores.tensor, streams.tensor
+        return result.tensor, raw_scores.tensor, residuals.tensor
 
     def take_rows(self, x: TensorValue, rows: TensorValue) -> TensorValue:
         """The rows of x, shape = (batch, tokens, n_state), with these flat numbers.

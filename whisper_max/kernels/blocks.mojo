@@ -235,7 +235,7 @@ struct DecoderBlocks:
     ](
         output: OutputTensor[dtype=F32, rank=3, ...],
         raw_scores: OutputTensor[dtype=F32, rank=3, ...],
-        streams: OutputTensor[dtype=F32, rank=3, ...],
+        residuals: OutputTensor[dtype=F32, rank=3, ...],
         x: InputTensor[dtype=F32, rank=3, ...],
         self_cache: MutableInputTensor[dtype=F32, rank=6, ...],
         cross_keys: InputTensor[dtype=cache_type, rank=4, ...],
@@ -276,7 +276,7 @@ struct DecoderBlocks:
         64), appended in place at `position[0]`. cross_keys and cross_values: (layers, windows,
         heads, packed); rows are grouped by window, rows / windows each. source: (rows, context),
         the cache row of each earlier position. score_slots: (layers, heads), where in
-        raw_scores (slots, rows * tokens, padded frames) a head's scores go, or -1. streams:
+        raw_scores (slots, rows * tokens, padded frames) a head's scores go, or -1. residuals:
         (2 * layers + 1, rows * tokens, n_state), the residual stream before and after each cross
         attention and at the end; or nothing.
         """
@@ -302,8 +302,8 @@ struct DecoderBlocks:
         var keys = raw(cross_keys.unsafe_ptr())
         var values = raw(cross_values.unsafe_ptr())
         var slots = raw(score_slots.unsafe_ptr())
-        var kept = raw(streams.unsafe_ptr())
-        var keeps = streams.dim_size(0) > 0
+        var kept = raw(residuals.unsafe_ptr())
+        var keeps = residuals.dim_size(0) > 0
         var stream_size = all_rows * n
         comptime Left = Rows[product, width, tiles]
         var packed = unsafe_alloc[UInt8](

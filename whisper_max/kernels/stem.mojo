@@ -4,6 +4,7 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
+from std.math import ceildiv
 from std.memory.alloc import unsafe_alloc
 
 from .gemm import F32, PANEL, copy, raw
@@ -13,6 +14,8 @@ from .projection import PROJECT_PHASES, Projection, project
 
 comptime FRAME_BLOCK = 256
 """Frames that one worker takes patches of."""
+comptime NORM_BLOCK = 128
+"""Rows that one worker normalizes."""
 
 
 @extensibility.register("whisper_linear")
@@ -139,11 +142,19 @@ struct LayerNorm:
     ) raises:
         """LayerNorm over the last axis."""
         var n = x.dim_size(2)
+        var rows = x.dim_size(0) * x.dim_size(1)
         var norm = Norm(raw(weight.unsafe_ptr()), raw(bias.unsafe_ptr()), n)
         var source = raw(x.unsafe_ptr())
         var to = raw(output.unsafe_ptr())
-        for row in range(x.dim_size(0) * x.dim_size(1)):
-            norm.copy_row[width](source.unsafe_offset(row * n), n, to.unsafe_offset(row * n))
+
+        def block(index: Int) {var norm, var source, var to, var rows, var n, imm}:
+            for row in range(index * NORM_BLOCK, min((index + 1) * NORM_BLOCK, rows)):
+                norm.copy_row[width](source.unsafe_offset(row * n), n, to.unsafe_offset(row * n))
+
+        if rows <= NORM_BLOCK:  # sooner done than a worker is woken
+            block(0)
+        else:
+            sync_parallelize(block, ceildiv(rows, NORM_BLOCK))
 
 
 @extensibility.register("whisper_embed")

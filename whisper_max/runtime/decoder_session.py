@@ -67,7 +67,7 @@ class DecoderSession:
                 features,
                 self.layers,
                 self._ready.cross,
-                state.spare,
+                state.pool,
             )
             if len(features) == 1:  # 490 MB a window for the largest models
                 state.cross.keep(self._ready, features, cross)
@@ -101,15 +101,15 @@ class DecoderSession:
         for i, layer in enumerate(layers):
             slots[layer] = list(range(i * self.heads, (i + 1) * self.heads))
         shape = (2 * self.layers + 1, rows * count, self.heads * HEAD_DIM)
-        room = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
-        logits, scores, streams = self._step(tokens, wanted, Scores(slots), room)
-        streams = streams.view(-1, rows, count, shape[2])
+        residuals_buffer = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
+        logits, scores, residuals = self._step(tokens, wanted, Scores(slots), residuals_buffer)
+        residuals = residuals.view(-1, rows, count, shape[2])
         scores = scores[:, :, : self._frames].unflatten(1, (rows, count))
         by_layer = scores.unflatten(0, (len(layers), self.heads)).transpose(1, 2)
         return logits, Observed(
-            streams[:-1:2],
-            streams[1::2],
-            streams[-1].clone(),  # hooks may keep it, but not the others for it
+            residuals[:-1:2],
+            residuals[1::2],
+            residuals[-1].clone(),  # hooks may keep it, but not the others for it
             {
                 layer: by_layer[i].clone(memory_format=torch.contiguous_format)
                 for i, layer in enumerate(layers)
@@ -178,9 +178,9 @@ class DecoderSession:
         tokens: Tensor,
         wanted: Iterable[int],
         scores: Scores,
-        streams: Buffer | None = None,
+        residuals: Buffer | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `step`; also the scores and streams of `decoder_step`."""
+        """As `step`; also the scores and residuals of `decoder_step`."""
         return decoder_step(
             self._ready.engine,
             self._ready.packed[1],
@@ -188,7 +188,7 @@ class DecoderSession:
             to_buffer(tokens.to(torch.int32)),
             int32(list(wanted)),
             scores,
-            streams,
+            residuals,
         )
 
 

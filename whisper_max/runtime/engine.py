@@ -16,6 +16,7 @@ from .. import report
 from ..conditions import UnsupportedByMax
 from ..graphs.specification import HEAD_DIM, MASKED, PANEL
 from . import limits, memory
+from .load_max import without_signal_handler
 from .tensors import int32, to_buffer, to_torch
 from .timer_slack import inherited_timer_slack
 
@@ -24,9 +25,11 @@ class Engine:
     """The graphs of one artifact, without weights: one serves all models of a process."""
 
     def __init__(self, compiled: CompiledModel) -> None:
-        self.graphs = InferenceSession(devices=[CPU()]).init_all(compiled, weights_registry={})
+        with without_signal_handler():
+            session = InferenceSession(devices=[CPU()])
+        self.graphs = session.init_all(compiled, weights_registry={})
         self.threads = int32([limits.threads()])
-        self.no_streams = Buffer.from_numpy(np.zeros((0, 0, 0), np.float32))
+        self.no_residuals = Buffer.from_numpy(np.zeros((0, 0, 0), np.float32))
         self._has_run = False
 
     def execute(self, graph: str, *operands: Buffer) -> list[Buffer]:
@@ -62,7 +65,7 @@ class Engine:
         return to_torch(self.execute("encoder", to_buffer(mel), self.threads, *weights)[0])
 
 
-class Spare:
+class TensorPool:
     """The memory of keys and values that no decode uses any more, for the next window's.
 
     New memory is mapped and cleared by the system page by page, which for huge pages may mean
@@ -92,7 +95,7 @@ class CrossCache:
     """Cross-attention keys and values of some windows, for all layers.
 
     features : shape = (windows, n_audio_ctx, n_state), float32
-    spare : where the memory comes from and, of a single window, goes back to
+    pool : where the memory comes from and, of a single window, goes back to
     """
 
     def __init__(
@@ -102,23 +105,23 @@ class CrossCache:
         features: Tensor,
         layers: int,
         dtype: torch.dtype,
-        spare: Spare,
+        pool: TensorPool,
     ) -> None:
         self.windows, self.frames, n_state = features.shape
         self.padded_frames = -(-self.frames // PANEL) * PANEL
         heads = n_state // HEAD_DIM
         shape = (layers, self.windows, heads, self.padded_frames * HEAD_DIM)
-        tensors = spare.take(shape, dtype)
+        tensors = pool.take(shape, dtype)
         self.keys, self.values = map(to_buffer, tensors)
         if self.windows == 1:
-            # When the last decode and the memo have let go of this; the spare goes with its model.
-            weakref.finalize(self, _give_back, weakref.ref(spare), tensors).atexit = False
+            # When the last decode and the memo have let go of this; the pool goes with its model.
+            weakref.finalize(self, _give_back, weakref.ref(pool), tensors).atexit = False
         operands = (self.keys, self.values, to_buffer(features), engine.threads)
         engine.execute("cross_kv", *operands, *weights)
 
 
-def _give_back(spare: weakref.ref[Spare], tensors: tuple[Tensor, Tensor]) -> None:
-    kept = spare()
+def _give_back(pool: weakref.ref[TensorPool], tensors: tuple[Tensor, Tensor]) -> None:
+    kept = pool()
     if kept is not None:
         kept.give(tensors)
 
@@ -214,16 +217,16 @@ class Scores:
     def __init__(self, slots: list[list[int]]) -> None:
         self.slots = int32(slots)
         self.count = 1 + max(max(row) for row in slots)
-        self._rooms: dict[tuple[int, int], Buffer] = {}
+        self._buffers: dict[tuple[int, int], Buffer] = {}
 
-    def room(self, rows: int, padded_frames: int) -> Buffer:
+    def buffer(self, rows: int, padded_frames: int) -> Buffer:
         """A tensor of the result's shape: graphs take sizes from their operands only."""
-        room = self._rooms.get((rows, padded_frames))
-        if room is None:
+        buffer = self._buffers.get((rows, padded_frames))
+        if buffer is None:
             shape = (self.count, rows, padded_frames)
-            room = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
-            self._rooms[rows, padded_frames] = room
-        return room
+            buffer = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
+            self._buffers[rows, padded_frames] = buffer
+        return buffer
 
     @classmethod
     def none(cls, layers: int, heads: int) -> Scores:
@@ -238,24 +241,25 @@ def decoder_step(
     tokens: Buffer,
     wanted: Buffer,
     scores: Scores,
-    streams: Buffer | None = None,
+    residuals: Buffer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decodes new tokens, shape = (rows, count), int32, at the end of the state.
 
     wanted : flat numbers (row * count + i) of the tokens whose logits are computed, int32
-    streams : of the shape (2 * layers + 1, rows * count, n_state), of which only that is read, for
-        the residual stream before and after each cross attention and at the end
+    residuals : of the shape (2 * layers + 1, rows * count, n_state), of which only that is read,
+        for the residual stream before and after each cross attention and at the end
 
     Returns logits, shape = (wanted, n_vocab), float32; raw scores, shape = (slots, rows * count,
-    padded frames); and the streams: all in fresh memory. The state then ends behind the new tokens.
+    padded frames); and the residuals: all in fresh memory. The state then ends behind the new
+    tokens.
     """
     operands = _operands(engine, state, tokens, wanted, scores)
-    if streams is None:
-        streams = engine.no_streams
-    results = engine.execute("decoder_step", *operands, streams, *weights)
+    if residuals is None:
+        residuals = engine.no_residuals
+    results = engine.execute("decoder_step", *operands, residuals, *weights)
     state.length += tokens.shape[1]
-    logits, raw_scores, streams = map(to_torch, results)
-    return logits.squeeze(1), raw_scores, streams
+    logits, raw_scores, residuals = map(to_torch, results)
+    return logits.squeeze(1), raw_scores, residuals
 
 
 def decoder_select(
@@ -288,7 +292,7 @@ def _operands(
         source,
         wanted,
         scores.slots,
-        scores.room(rows * count, state.cross.padded_frames),
+        scores.buffer(rows * count, state.cross.padded_frames),
         state.self_cache,
         state.cross.keys,
         state.cross.values,

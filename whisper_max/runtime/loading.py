@@ -118,5 +118,7 @@ def _remembered(wanted: tuple[str, str], key: ArtifactKey) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, MemoryError) as error:
+        if not report.is_of_max(error):
+            raise
         _unloadable[wanted] = f"MAX could not load {key.label}: {error}"
         raise UnsupportedByMax(_unloadable[wanted]) from error

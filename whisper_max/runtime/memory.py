@@ -1,4 +1,4 @@
-"""Room for large tensors that are read from one end to the other, again and again."""
+"""Memory for large tensors that are read from one end to the other, again and again."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class HugePages:
     as much as its transfer: with huge pages a step takes 10 to 20% less. But a huge page may take
     milliseconds to come: the system moves others out of the way, or the host of a virtual machine
     has to find the memory first, having taken back what was free. A program of one window would
-    wait longer for its huge pages than they save. So, from the first slow one on, room consists of
-    small pages, and is moved into huge ones when some windows have shown that there are more.
+    wait longer for its huge pages than they save. So, from the first slow one on, memory consists
+    of small pages, and is moved into huge ones when some windows have shown that there are more.
     """
 
     def __init__(self) -> None:
@@ -40,20 +40,20 @@ class HugePages:
         self._small: list[tuple[weakref.ref[mmap.mmap], range]] = []
         self._windows: int | None = None  # since the first slow page
 
-    def room(self, size: int) -> Tensor:
+    def allocate(self, size: int) -> Tensor:
         """Uninitialized bytes, shape = (size,). Raises OSError where the system gives none."""
         # It lives as long as a tensor in it.
-        room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        whole = torch.frombuffer(room, dtype=torch.uint8)
+        mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        whole = torch.frombuffer(mapping, dtype=torch.uint8)
         begin = -whole.data_ptr() % HUGE_PAGE
         pages = range(begin, begin + size, HUGE_PAGE)
-        if not _can_join(room):
-            room.madvise(mmap.MADV_HUGEPAGE)
+        if not _can_join(mapping):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
         else:
             with self._guard:
-                if self._windows is not None or not _come_quickly(room, pages):
+                if self._windows is not None or not _come_quickly(mapping, pages):
                     self._windows = self._windows or 0
-                    self._small.append((weakref.ref(room), pages))
+                    self._small.append((weakref.ref(mapping), pages))
         return whole[begin : begin + size]
 
     def count_window(self) -> None:
@@ -66,36 +66,36 @@ class HugePages:
                 return
             self._windows, small, self._small = None, self._small, []
         for reference, pages in small:
-            room = reference()
-            if room is not None:
-                _join(room, pages)
+            mapping = reference()
+            if mapping is not None:
+                _join(mapping, pages)
 
 
-def _can_join(room: mmap.mmap) -> bool:
+def _can_join(mapping: mmap.mmap) -> bool:
     try:
-        room.madvise(_MADV_COLLAPSE, 0, 0)  # of nothing
+        mapping.madvise(_MADV_COLLAPSE, 0, 0)  # of nothing
     except OSError:
         return False
     return True
 
 
-def _come_quickly(room: mmap.mmap, pages: range) -> bool:
+def _come_quickly(mapping: mmap.mmap, pages: range) -> bool:
     """Takes huge pages, one by one, up to the first that is slow to come."""
     for page in pages:
-        room.madvise(mmap.MADV_HUGEPAGE, page, HUGE_PAGE)
+        mapping.madvise(mmap.MADV_HUGEPAGE, page, HUGE_PAGE)
         begin = time.perf_counter()
-        room[page] = 0
+        mapping[page] = 0
         if time.perf_counter() - begin > SLOW:
             return False
-    room.madvise(mmap.MADV_HUGEPAGE)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
     return True
 
 
-def _join(room: mmap.mmap, pages: range) -> None:
+def _join(mapping: mmap.mmap, pages: range) -> None:
     """Moves small pages into huge ones, where the system can. Who reads them does not notice."""
     for page in pages:
         try:
-            room.madvise(_MADV_COLLAPSE, page, HUGE_PAGE)
+            mapping.madvise(_MADV_COLLAPSE, page, HUGE_PAGE)
         except OSError:
             continue
 
@@ -109,7 +109,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device="cpu")
     try:
-        room = huge_pages.room(size)
+        tensor = huge_pages.allocate(size)
     except OSError:  # no more memory, or a kernel without huge pages: PyTorch's way, and its error
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return room.view(dtype).view(*shape)
+    return tensor.view(dtype).view(*shape)

@@ -7,6 +7,7 @@ follows the module's weights: when those change, it is made anew.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
@@ -23,7 +24,7 @@ from ..conditions import UnsupportedByMax, float16_reasons, parameter_reasons, v
 from ..dispatch import refuse
 from ..settings import Settings
 from . import loading, weights
-from .engine import CrossCache, Engine, Spare
+from .engine import CrossCache, Engine, TensorPool
 from .storage import Arithmetic, arithmetic_of
 
 
@@ -78,12 +79,12 @@ class _Seen:
 
     Its address does not tell `p.data = other` when `other` got the memory that `p` had before, as
     in half() and float() one after the other. A weak reference keeps a storage's identity, without
-    its memory.
+    its memory; one to the tensor does not keep what its hooks refer to, such as its module.
     """
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name = name
-        self.tensor = tensor
+        self.tensor = weakref.ref(tensor)
         self.storage = StorageWeakRef(tensor.untyped_storage())
         self.address = tensor.data_ptr()
         self.version = tensor._version
@@ -91,7 +92,7 @@ class _Seen:
     def is_still(self, name: str, tensor: Tensor) -> bool:
         """Whether the tensor of this name is that one, unchanged."""
         return (
-            tensor is self.tensor
+            tensor is self.tensor()
             and name == self.name
             and tensor.data_ptr() == self.address
             and tensor._version == self.version
@@ -122,7 +123,7 @@ class Watch:
 
     def after_step_of(self, parameters: Container[int]) -> None:
         """An optimizer has changed these, by identity; fused ones do so without counting it."""
-        if any(id(seen.tensor) in parameters for seen in self._seen):
+        if any(id(seen.tensor()) in parameters for seen in self._seen):
             self.forget()
 
 
@@ -133,7 +134,7 @@ class ModelState:
         self.kind = kind
         self.features: Memo[Tensor] = Memo()
         self.cross: Memo[CrossCache] = Memo()
-        self.spare = Spare()
+        self.pool = TensorPool()
         self._guard = threading.Lock()
         self.watch = Watch()
         self._precision = ""

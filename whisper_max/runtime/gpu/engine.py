@@ -21,6 +21,7 @@ from torch import Tensor
 from ... import on_one_thread, report
 from ...graphs.gpu.specification import TextSizes
 from ...graphs.specification import HEAD_DIM
+from ..load_max import without_signal_handler
 from ..tensors import to_buffer
 from .places import Place
 
@@ -32,7 +33,7 @@ RANKED = 6
 MOST_BEAMS = 8
 """As in gpu_kernels/cache.mojo."""
 
-_IDLE_ROOMS = 2
+_IDLE_WORKSPACES = 2
 """How many are kept for the next decode: one for a greedy decode and one for beams."""
 
 _capture_keys = itertools.count()
@@ -43,9 +44,10 @@ class GpuEngine:
 
     def __init__(self, compiled: CompiledModel, place: Place) -> None:
         self.place = place
-        session = InferenceSession(devices=[place.device])
+        with without_signal_handler():
+            session = InferenceSession(devices=[place.device])
         self.graphs = session.init_all(compiled, weights_registry={})
-        self.rooms = Rooms()
+        self.workspaces = WorkspacePool()
 
     def execute(self, graph: str, *operands: Buffer) -> list[Buffer]:
         """Runs one graph, in order with PyTorch's current stream.
@@ -59,12 +61,12 @@ class GpuEngine:
     def failing(self, what: str) -> Iterator[None]:
         """Raises UnsupportedByMax where MAX fails inside, as where memory runs out.
 
-        PyTorch can take over, and gets what idle rooms held.
+        PyTorch can take over, and gets what idle workspaces held.
         """
         try:
             yield
         except (RuntimeError, ValueError, MemoryError) as error:
-            self.rooms.clear()
+            self.workspaces.clear()
             raise report.failed(what, error) from error
 
 
@@ -72,12 +74,12 @@ class Weights(dict[str, list[Buffer]]):
     """One module's weights in the order of each graph's operands, by graph."""
 
 
-class Room:
+class Workspace:
     """The memory of one decode, where a captured step finds it again.
 
     A step's operands stay in the same places: what changes is written into them. Beams are rows of
-    a window, side by side. A room outlives decodes, and must not keep the weights of a model that
-    is gone.
+    a window, side by side. A workspace outlives decodes, and must not keep the weights of a model
+    that is gone.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Room:
     ) -> None:
         self.shape = (windows, beams)
         self.rows = windows * beams
-        self.generation = engine.rooms.generation
+        self.generation = engine.workspaces.generation
         self._engine = engine
         self._held: tuple[weakref.ref[Weights], Tensor] | None = None
         self._captured: _Captured | None = None
@@ -93,7 +95,7 @@ class Room:
         self._may_capture = engine.place.captures
         device = engine.place.device
         heads, layers = sizes.n_text_head, sizes.n_text_layer
-        with engine.failing("making room for a decode"), engine.place.in_order():
+        with engine.failing("making a decode's workspace"), engine.place.in_order():
             self.cache = [
                 Buffer(dtype, (*self.shape, heads, sizes.n_text_ctx, HEAD_DIM), device)
                 for _ in range(2 * layers)
@@ -209,36 +211,36 @@ class _Captured(NamedTuple):
     results: list[Buffer]
 
 
-class Rooms:
-    """Rooms that no decode uses now.
+class WorkspacePool:
+    """Workspaces that no decode uses now.
 
     generation : how many times they were cleared
     """
 
     def __init__(self) -> None:
         self.generation = 0
-        # The garbage collector may give a room back in the middle of anything, `take` included: so
-        # that takes no lock, and the guard is for takers.
-        self._idle: deque[Room] = deque(maxlen=_IDLE_ROOMS)
+        # The garbage collector may give one back in the middle of anything, of `take` too: so that
+        # takes no lock, and the guard is for takers.
+        self._idle: deque[Workspace] = deque(maxlen=_IDLE_WORKSPACES)
         self._guard = threading.Lock()
 
-    def take(self, shape: tuple[int, int], weights: Weights, features: Tensor) -> Room | None:
+    def take(self, shape: tuple[int, int], weights: Weights, features: Tensor) -> Workspace | None:
         """One for so many (windows, beams), if possible one that is for these features."""
         with self._guard:
             idle = []
             with suppress(IndexError):
                 while True:
                     idle.append(self._idle.popleft())
-            fitting = [room for room in idle if room.shape == shape]
-            same = (room for room in fitting if room.is_for(weights, features))
+            fitting = [workspace for workspace in idle if workspace.shape == shape]
+            same = (workspace for workspace in fitting if workspace.is_for(weights, features))
             taken = next(itertools.chain(same, fitting), None)
-            self._idle.extendleft(room for room in reversed(idle) if room is not taken)
+            self._idle.extendleft(one for one in reversed(idle) if one is not taken)
             return taken
 
-    def give(self, room: Room) -> None:
-        """A decode is over; the room that waited longest makes way."""
-        if room.generation == self.generation:
-            self._idle.append(room)
+    def give(self, workspace: Workspace) -> None:
+        """A decode is over; the workspace that waited longest makes way."""
+        if workspace.generation == self.generation:
+            self._idle.append(workspace)
 
     def clear(self) -> None:
         """Frees them all, and those in use as soon as they are given back."""

@@ -16,7 +16,7 @@ from ..decoder_session import distinct
 from ..engine import suppression
 from ..model_state import state_of
 from ..tensors import to_buffer, to_torch
-from .engine import MOST_BEAMS, RANKED, Room, to_dtype
+from .engine import MOST_BEAMS, RANKED, Workspace, to_dtype
 from .places import Place
 from .state import GpuReady, GpuState, text_sizes
 
@@ -44,14 +44,14 @@ class GpuSession:
         self._layers = sizes.n_text_layer
         self._identity = list(range(rows))
         self._parents = self._identity
-        rooms, shape = self._ready.engine.rooms, (self.windows, rows // self.windows)
-        room = rooms.take(shape, self._ready.weights, features)
-        if room is None:
-            room = Room(self._ready.engine, sizes, to_dtype(features.dtype), *shape)
-        self._room = room
-        # An abandoned decode gives its room back as well.
-        weakref.finalize(self, rooms.give, room).atexit = False
-        room.fill(self._ready.weights, features)
+        workspaces, shape = self._ready.engine.workspaces, (self.windows, rows // self.windows)
+        workspace = workspaces.take(shape, self._ready.weights, features)
+        if workspace is None:
+            workspace = Workspace(self._ready.engine, sizes, to_dtype(features.dtype), *shape)
+        self._workspace = workspace
+        # An abandoned decode gives its workspace back as well.
+        weakref.finalize(self, workspaces.give, workspace).atexit = False
+        workspace.fill(self._ready.weights, features)
 
     def step(self, tokens: Tensor, wanted: Iterable[int]) -> Tensor:
         """Decodes tokens, shape = (rows, count), behind what is there.
@@ -63,12 +63,13 @@ class GpuSession:
         """
         count = tokens.shape[1]
         operands = (
-            self._int32(tokens.view(*self._room.shape, count)),
+            self._int32(tokens.view(*self._workspace.shape, count)),
             self._int32(range(self.length, self._end(count))),
-            self._int32(np.reshape(self._checked_parents(), self._room.shape)),
+            self._int32(np.reshape(self._checked_parents(), self._workspace.shape)),
             self._int32(list(wanted)),
         )
-        logits = self._execute("decoder_prefill", *operands, *self._room.cache, *self._room.cross)
+        memory = *self._workspace.cache, *self._workspace.cross
+        logits = self._execute("decoder_prefill", *operands, *memory)
         self.length += count
         self._parents = self._identity
         return to_torch(logits[0])
@@ -101,18 +102,18 @@ class GpuSession:
         for slot, (layer, head) in enumerate(heads):
             chosen[layer, slot] = head
         operands = (
-            self._int32(tokens.view(*self._room.shape, count)),
+            self._int32(tokens.view(*self._workspace.shape, count)),
             self._int32(range(self._end(count))),
             self._int32(chosen),
         )
-        logits, scores = self._execute("decoder_alignment", *operands, *self._room.cross)
+        logits, scores = self._execute("decoder_alignment", *operands, *self._workspace.cross)
         return to_torch(logits), to_torch(scores)[0]
 
     def selection(self, suppressed: Sequence[int], n_vocab: int, count: int) -> GpuSelection:
         """What `select` chooses by, see `GpuSelection`."""
         if count > RANKED:
             raise UnsupportedByMax(f"a step on the GPU ranks {RANKED} tokens, not {count}")
-        return GpuSelection(self._room, suppressed, n_vocab, count)
+        return GpuSelection(self._workspace, suppressed, n_vocab, count)
 
     def select(
         self, tokens: list[int], selection: GpuSelection, rules: list[list[int]]
@@ -124,7 +125,7 @@ class GpuSession:
         """
         position, parents = self._end(1) - 1, self._checked_parents()
         graph = "decoder_greedy_step" if selection.count == 1 else "decoder_step"
-        found = self._room.step(tokens, position, parents, rules, self._ready.weights, graph)
+        found = self._workspace.step(tokens, position, parents, rules, self._ready.weights, graph)
         self.length += 1
         self._parents = self._identity
         logprobs, best = (ranked[:, : selection.count] for ranked in found)
@@ -136,7 +137,7 @@ class GpuSession:
 
     def _checked_parents(self) -> list[int]:
         """Raises UnsupportedByMax where the kernel cannot put the caches in this order."""
-        beams = self._room.shape[1]
+        beams = self._workspace.shape[1]
         if self._parents != self._identity:
             if beams > MOST_BEAMS:
                 raise UnsupportedByMax(f"{beams} beams, where {MOST_BEAMS} change places")
@@ -168,6 +169,8 @@ class GpuSelection:
     count : how many tokens of each row are ranked
     """
 
-    def __init__(self, room: Room, suppressed: Sequence[int], n_vocab: int, count: int) -> None:
+    def __init__(
+        self, workspace: Workspace, suppressed: Sequence[int], n_vocab: int, count: int
+    ) -> None:
         self.count = count
-        room.suppress(suppression(suppressed, n_vocab))
+        workspace.suppress(suppression(suppressed, n_vocab))

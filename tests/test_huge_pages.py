@@ -1,4 +1,4 @@
-"""Room for large tensors."""
+"""Memory for large tensors, in huge pages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Mapped(mmap.mmap):
 
 @pytest.fixture
 def mapped(monkeypatch):
-    """Room of this test's own, whose pages come at once but for the pauses that it asks for."""
+    """Memory of this test's own, whose pages come at once but for the pauses that it asks for."""
     monkeypatch.setattr(mmap, "mmap", Mapped)
     monkeypatch.setattr(memory, "huge_pages", memory.HugePages())
     monkeypatch.setattr(memory, "SLOW", 0.2)
@@ -62,26 +62,26 @@ def windows(count):
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1024, 1024)], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
-def test_room_is_an_ordinary_tensor(shape, dtype):
-    room = memory.empty(shape, dtype)
-    assert type(room) is torch.Tensor and room.shape == shape and room.dtype is dtype
-    assert room.is_contiguous() and room.is_leaf
-    room.fill_(3)
-    assert bool((room == 3).all())
+def test_it_is_an_ordinary_tensor(shape, dtype):
+    tensor = memory.empty(shape, dtype)
+    assert type(tensor) is torch.Tensor and tensor.shape == shape and tensor.dtype is dtype
+    assert tensor.is_contiguous() and tensor.is_leaf
+    tensor.fill_(3)
+    assert bool((tensor == 3).all())
 
 
-def test_large_rooms_begin_with_a_huge_page_and_end_with_their_last_tensor():
+def test_large_tensors_begin_with_a_huge_page_and_end_with_their_last_tensor():
     def mapped():
         size = next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmSize" in x)
         return int(size.split()[1])
 
     gc.collect()  # what other tests left
     before = mapped()
-    room = memory.empty((64, 1024, 1024), torch.float32)
-    assert room.data_ptr() % memory.HUGE_PAGE == 0
-    part = room[1, 2]
+    tensor = memory.empty((64, 1024, 1024), torch.float32)
+    assert tensor.data_ptr() % memory.HUGE_PAGE == 0
+    part = tensor[1, 2]
     part.fill_(5)
-    del room
+    del tensor
     gc.collect()
     assert mapped() > before + 200_000  # KiB
     assert part.tolist() == [5] * 1024
@@ -90,14 +90,14 @@ def test_large_rooms_begin_with_a_huge_page_and_end_with_their_last_tensor():
     assert mapped() < before + 50_000
 
 
-def test_without_huge_pages_room_is_pytorchs(monkeypatch):
+def test_without_huge_pages_memory_is_pytorchs(monkeypatch):
     class Refusing(memory.mmap.mmap):
         def madvise(self, *arguments):
             raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(memory.mmap, "mmap", Refusing)
-    room = memory.empty((2, 1024, 1024), torch.float32)
-    assert room.shape == (2, 1024, 1024) and room.untyped_storage().resizable()
+    tensor = memory.empty((2, 1024, 1024), torch.float32)
+    assert tensor.shape == (2, 1024, 1024) and tensor.untyped_storage().resizable()
 
 
 def test_too_much_is_pytorchs_error():
@@ -110,12 +110,12 @@ def three_pages():
 
 
 def test_huge_pages_that_come_quickly_are_taken_at_once(mapped):
-    room = three_pages()
+    tensor = three_pages()
     first, second, third, whole = pages_of(mapped.advised, HUGE)
     assert second[0] == first[0] + 1 and third[0] == first[0] + 2 and whole == []
     windows(2 * memory.PATIENCE)
     assert not pages_of(mapped.advised, COLLAPSE)
-    del room
+    del tensor
 
 
 def test_from_a_slow_huge_page_on_pages_are_small_until_some_windows_were_decoded(mapped):
@@ -140,7 +140,7 @@ def test_from_a_slow_huge_page_on_pages_are_small_until_some_windows_were_decode
 
 def test_windows_of_several_threads_join_pages_once(mapped):
     mapped.pauses += [0.25]
-    room = three_pages()
+    tensor = three_pages()
     barrier, done = threading.Barrier(8), []
 
     def decode():
@@ -161,10 +161,10 @@ def test_windows_of_several_threads_join_pages_once(mapped):
     finally:
         sys.setswitchinterval(interval)
     assert len(done) == 8 and len(pages_of(mapped.advised, COLLAPSE)) == 3
-    del room
+    del tensor
 
 
-def test_room_that_is_no_longer_needed_is_not_joined(mapped):
+def test_memory_that_is_no_longer_needed_is_not_joined(mapped):
     mapped.pauses += [0.25]
     first, second = three_pages(), three_pages()
     del first
@@ -176,15 +176,15 @@ def test_room_that_is_no_longer_needed_is_not_joined(mapped):
 
 def test_pages_that_cannot_be_joined_stay_small(mapped):
     mapped.pauses += [0.25]
-    room = three_pages().fill_(5)
+    tensor = three_pages().fill_(5)
     mapped.knows_collapse = False
     windows(memory.PATIENCE)
-    assert bool((room == 5).all())
+    assert bool((tensor == 5).all())
 
 
 def test_where_pages_cannot_be_joined_later_they_are_huge_at_once(mapped):
     mapped.knows_collapse = False
     mapped.pauses += [0.25]
-    room = three_pages()
+    tensor = three_pages()
     assert mapped.advised == [(HUGE,)] and mapped.pauses == [0.25]
-    del room
+    del tensor

@@ -1,0 +1,32 @@
+"""The import of what runs on MAX, which a program waits for at its first call and not before."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import ModuleType
+
+
+def paths() -> ModuleType:
+    """`runtime.paths`.
+
+    A fork waits for the import: in the child, the thread that imports would not be there to end it,
+    and others would wait for it for ever.
+    """
+    with _importing:
+        from .runtime import paths
+
+    return paths
+
+
+def _renew_lock() -> None:
+    global _importing
+    _importing = threading.RLock()
+
+
+_importing = threading.RLock()
+os.register_at_fork(
+    before=lambda: _importing.acquire(),
+    after_in_parent=lambda: _importing.release(),
+    after_in_child=_renew_lock,
+)
