@@ -15,7 +15,7 @@ from whisper_max import demo, versions
 from whisper_max.cli import bench, main
 from whisper_max.cli.sizes import readable
 from whisper_max.conditions import UnsupportedByMax
-from whisper_max.runtime import artifacts, compilation, hardware
+from whisper_max.runtime import artifacts, compilation, hardware, storage
 from whisper_max.runtime.gpu import places
 from whisper_max.runtime.gpu.places import Place
 
@@ -149,13 +149,30 @@ def test_cache_is_located_listed_and_cleared(compiling, monkeypatch, capsys):
     assert ensure(KEY, compiling.cache).ready
     assert main(["cache", "list"]) == 0
     header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["graphs", "state", "size", "made", "took", "memory"]
-    assert row.split()[:2] == ["tiny-high", "ready"]
+    columns = ["graphs", "precision", "state", "size", "made", "took", "memory"]
+    assert header.split() == columns
+    assert row.split()[:2] == ["tiny-high", "ready"]  # made by another builder
 
     assert main(["cache", "clear"]) == 0
     assert capsys.readouterr().out.startswith("freed ")
     assert main(["cache", "list"]) == 0
     assert capsys.readouterr().out.startswith("nothing in ")
+
+
+@pytest.mark.parametrize(
+    ("precision", "exact", "level", "served"),
+    [
+        ("high", True, "avx512", ["high", "highest"]),
+        ("highest", False, "baseline", ["high", "highest"]),
+        ("high", True, "amx", ["high"]),
+        ("medium", True, "avx512", ["medium"]),
+        ("int8", True, "amx", ["int8"]),
+    ],
+)
+def test_precisions_that_an_artifact_serves(precision, exact, level, served):
+    arithmetic = storage.arithmetic_of(precision, exact)
+    options = {"weight": arithmetic.weight, "cross": arithmetic.cross}
+    assert storage.precisions_of(options, level) == served
 
 
 def test_a_cache_folder_that_others_may_write_to_is_refused_in_one_line(empty_cache, capsys):

@@ -56,6 +56,11 @@ def test_doctor_finds_nothing_wrong_where_nothing_is(empty_cache, monkeypatch, c
     assert "\n                   -> whisper-max compile\n" in shown + "\n"
 
 
+def test_doctor_looks_for_the_graphs_of_a_precision(empty_cache, capsys):
+    main(["doctor", "--precision", "int8"])
+    assert "the graphs of whisper-int8-float16" in capsys.readouterr().out
+
+
 def test_doctor_names_the_command_for_what_is_missing(empty_cache, monkeypatch, capsys):
     old = {**INSTALLED, "max": "not installed", "torch": "2.1.0"}
     monkeypatch.setattr(versions, "installed", lambda: old)

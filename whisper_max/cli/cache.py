@@ -6,6 +6,7 @@ import time
 
 from ..runtime import cache_listing
 from ..runtime.cache_folder import CacheRefused
+from ..runtime.storage import BUILDER, precisions_of
 from ..settings import Settings
 from .errors import CommandError, Parser
 from .sizes import readable
@@ -36,19 +37,26 @@ def _table(records: list[cache_listing.ArtifactRecord]) -> str:
     if not records:
         return ""
     width = max(len(record.label) for record in records)
-    row = f"{{:<{width}}}  {{:<9}}  {{:>9}}  {{:<16}}  {{:>7}}  {{:>9}}".format
-    lines = [row("graphs", "state", "size", "made", "took", "memory")]
+    row = f"{{:<{width}}}  {{:<13}}  {{:<9}}  {{:>9}}  {{:<16}}  {{:>7}}  {{:>9}}".format
+    lines = [row("graphs", "precision", "state", "size", "made", "took", "memory")]
     for record in records:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created))
         seconds, memory = record.compile_seconds, record.peak_memory_bytes
         lines.append(
             row(
                 record.label,
+                _precisions(record.key),
                 record.state,
-                readable(record.size),
+                readable(record.size) if record.size else "",
                 made if record.created else "",
                 "" if seconds is None else f"{seconds:.0f} s",
                 "" if memory is None else readable(memory),
             )
         )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _precisions(key: dict) -> str:
+    if key.get("builder") != BUILDER:  # one for a GPU, or what cannot be read
+        return ""
+    return ", ".join(precisions_of(key.get("options", {}), key.get("cpu_level", "")))

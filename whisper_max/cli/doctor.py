@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 
 from .. import versions
+from ..options import add_options
 from ..runtime import hardware, limits
 from ..settings import Settings
 from . import findings
@@ -22,17 +23,18 @@ def run(arguments: list[str]) -> int:
         description="Check the installation, and name the command that mends what is missing.",
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
-    as_json = parser.parse_args(arguments).json
+    add_options(parser, "precision")
+    options = parser.parse_args(arguments)
 
     found = [*findings.of_the_installation(), *findings.of_the_machine()]
     try:
-        settings = Settings.from_environment()
+        settings = Settings.from_environment(precision=options.precision)
     except ValueError as error:
         found.append(Finding("settings", "problem", str(error)))
     else:
         found += [*findings.of_the_settings(settings), *findings.of_the_graphs(settings)]
     healthy = not any(finding.state == "problem" for finding in found)
-    print(_json(found, healthy) if as_json else "\n".join(map(str, found)))
+    print(_json(found, healthy) if options.json else "\n".join(map(str, found)))
     return 0 if healthy else _UNHEALTHY
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+from ..settings import PRECISIONS
 from . import hardware
 from .artifact_key import ArtifactKey
-
 
 BUILDER = "whisper_max.graphs.build:build"
 
@@ -40,6 +41,20 @@ def arithmetic_of(precision: str, exact: bool) -> Arithmetic:
         return Arithmetic("float16", "float16", "bfloat16", "bfloat16", True)
     weight = "float16" if exact else "float32"
     return Arithmetic(weight, "float32", "float32", "float32", precision == "high")
+
+
+def precisions_of(options: Mapping[str, str], cpu_level: str) -> list[str]:
+    """The precisions that an artifact serves.
+
+    options, cpu_level : of its key
+    """
+    served = (options.get("weight"), options.get("cross"))
+    return [
+        precision
+        for precision in PRECISIONS
+        if any(arithmetic_of(precision, exact)[:2] == served for exact in (True, False))
+        and not (precision == "highest" and cpu_level == "amx")  # which does without tiles
+    ]
 
 
 def keys_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> tuple[ArtifactKey, ...]:
