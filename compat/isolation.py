@@ -1,4 +1,4 @@
-"""Fixtures of both suites: each test begins unpatched, and none falls back to PyTorch unseen.
+"""For both suites: each test begins unpatched, and none falls back to PyTorch unseen.
 
     from isolation import no_silent_fallback, unpatched  # noqa: F401
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import pytest
 import torch
@@ -51,3 +52,8 @@ def no_silent_fallback(request, unpatched):
             if counted.torch_calls
         }
         assert not fallen, f"PyTorch served calls that MAX should have: {fallen}"
+
+
+def raise_in(module: str, error: Exception) -> NoReturn:
+    """Raises it as code of a module of this name does, as MAX's own: "max.engine.api"."""
+    exec("raise error", {"__name__": module, "error": error})

@@ -13,6 +13,7 @@ from whisper import decoding
 
 import whisper_max
 from harness import load_checkpoint, on_max, with_fallback
+from isolation import raise_in
 from recordings import assert_same_result, samples
 from strategies import numbers, small, token_rows
 from whisper_max import demo, settings
@@ -301,7 +302,7 @@ def test_max_cannot_load_an_artifact(plain, compiled, monkeypatch):
 
     def load(found):
         tries.append(found)
-        raise RuntimeError("the driver is too old")
+        raise_in("max.engine.api", RuntimeError("the driver is too old"))
 
     monkeypatch.setattr(loading, "_engines", {})
     monkeypatch.setattr(loading, "_unloadable", {})

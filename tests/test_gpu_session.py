@@ -46,6 +46,8 @@ from whisper_max.runtime.gpu.session import GpuSelection, GpuSession
 from whisper_max.runtime.gpu.state import GpuReady
 from whisper_max.runtime.tensors import to_buffer
 
+from isolation import raise_in
+
 SIZES = TextSizes(
     n_audio_ctx=6, n_vocab=9, n_text_ctx=4, n_text_state=64, n_text_head=1, n_text_layer=2
 )
@@ -55,11 +57,6 @@ RULES = [[0, 9, 9, 9, 0]] * 2
 def zeros(rows: int, ranked: int) -> list[Buffer]:
     """Results of a step: log probabilities and tokens."""
     return [Buffer.zeros((rows, ranked), kind, CPU()) for kind in (DType.float32, DType.int32)]
-
-
-def raise_as_max(error: Exception) -> None:
-    """Raises it in a module of MAX's name."""
-    exec("raise error", {"__name__": "max.engine.api", "error": error})
 
 
 class Step:
@@ -76,7 +73,7 @@ class Step:
         addresses = [operand._data_ptr() for operand in operands]
         self.calls.append((name, key, tokens, position, parents, addresses))
         if name in self.fails:
-            raise_as_max(RuntimeError(self.fails[name]))
+            raise_in("max.engine.api", RuntimeError(self.fails[name]))
 
     def execute(self, *operands: Buffer) -> list[Buffer]:
         self._note("execute", None, operands)
@@ -204,7 +201,7 @@ def test_a_failing_step_leaves_the_call_to_pytorch_and_frees_the_idle(engine, wo
 
 def test_a_workspace_that_does_not_fit_into_memory_is_none(engine, monkeypatch):
     def full(*arguments):
-        raise_as_max(ValueError("out of memory"))
+        raise_in("max.engine.api", ValueError("out of memory"))
 
     monkeypatch.setattr("whisper_max.runtime.gpu.engine.Buffer", full)
     with pytest.raises(UnsupportedByMax, match="in making a decode's workspace: out of memory"):
@@ -286,7 +283,7 @@ def test_a_workspace_comes_back_while_another_is_taken(engine, monkeypatch):
 def test_a_gpu_without_memory_for_the_features_has_what_idle_rooms_held(engine, workspace):
     class Features:
         def clone(self):
-            raise_as_max(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+            raise_in("max.engine.api", torch.cuda.OutOfMemoryError("CUDA out of memory"))
 
     engine.workspaces.give(workspace)
     another = Workspace(engine, SIZES, DType.float32, 1, 2)

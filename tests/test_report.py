@@ -13,6 +13,8 @@ import pytest
 from whisper_max import report
 from whisper_max.settings import TARGETS, Settings
 
+from isolation import raise_in
+
 
 @pytest.fixture(autouse=True)
 def own_counters(monkeypatch):
@@ -52,7 +54,7 @@ def test_status_is_plain_data_with_all_targets():
 def raised_in(module: str, text: str) -> ValueError:
     """An error as a module of this name raises it."""
     with pytest.raises(ValueError) as raised:
-        exec("raise ValueError(text)", {"__name__": module, "text": text})
+        raise_in(module, ValueError(text))
     return raised.value
 
 

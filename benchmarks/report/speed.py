@@ -11,6 +11,9 @@ from ..samples import Summary, speed_up, summarize
 from ..scenarios import SCENARIO, SCENARIOS
 from .markdown import NONE, duration, significant, table, times
 
+LEVEL = 1.005
+"""A ratio that is shown as 1.00 or less is no lead."""
+
 DEFAULT = f"{OURS}-high"
 """The precision that users get who ask for none."""
 
@@ -85,7 +88,7 @@ def ahead_of_us(results: Results) -> Iterator[str]:
             if not rivals:
                 continue
             best = max(rivals, key=rivals.get)
-            if rivals[best] > ratios[our]:
+            if rivals[best] > LEVEL * ratios[our]:
                 yield (
                     f"{title_of(group)}, {group[1]}: {PEER[best].label} is "
                     f"{times(rivals[best] / ratios[our])} as fast as {PEER[our].label}"
