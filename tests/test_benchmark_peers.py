@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from benchmarks.worker import Server
 from whisper_max import demo
 
 MELS = 80
+ROOT = Path(__file__).parents[1]
 
 
 class FakePeer(Peer):
@@ -86,6 +90,15 @@ def test_worker_warms_up_with_shorter_runs_and_answers():
     assert Outcome(**json.loads(json.dumps(answer))) == Outcome(0.5, [[1] * 100])
     assert peer.runs[-1] == (100, 1, False)
     assert server.answer({"command": "usage"})["peak_mib"] > 1
+
+
+def test_memory_is_what_the_process_held_itself():
+    held = np.ones(1 << 28, np.uint8)  # by the process that starts the other, and 256 MiB
+    program = "from benchmarks.worker import usage; print(usage()['peak_mib'])"
+    printed = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert held.all() and 1 < float(printed) < 200
 
 
 def test_worker_says_what_its_peer_does_not_offer():

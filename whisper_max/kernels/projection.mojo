@@ -181,10 +181,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                 sums.unsafe_offset(
                     (i // 2) * PANEL + (2 * part + i % 2) * Self.width
                 ).unsafe_store(vectors[i])
-        if (panel + 1) * PANEL <= self.columns:
-            self.finish_tile(raw(sums), row, rows, panel * PANEL, True, True)
-        else:
-            self.finish_numbers(raw(sums), row, rows, panel * PANEL, True, True)
+        self.finish(raw(sums), row, rows, panel * PANEL, True, True)
 
     def block(self, left: Self.Left, shift: Int, first_row: Int, last_row: Int, panel: Int):
         """Many rows times one panel; row 0 of the output is row `shift` of the left operand.
@@ -210,12 +207,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                 var rows = min(at_once, last_row - row)
                 self.fetch_output(row, rows, column)
                 right.multiply(left, block, shift + row, length, raw(sums))
-                if column + PANEL <= self.columns:
-                    self.finish_tile(raw(sums), row, rows, column, block == 0, block == blocks - 1)
-                else:
-                    self.finish_numbers(
-                        raw(sums), row, rows, column, block == 0, block == blocks - 1
-                    )
+                self.finish(raw(sums), row, rows, column, block == 0, block == blocks - 1)
         comptime if Self.tiles:
             end_tiles()
         memory.unsafe_free()
@@ -230,38 +222,35 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                     at.unsafe_offset(i)
                 )
 
-    def finish_tile(
-        self, sums: Floats, row: Int, rows: Int, column: Int, first: Bool, last: Bool
-    ):
-        """Finishes the sums of some rows and a whole panel; its vectors' long chains overlap."""
-        if last and self.gelu:
+    def finish(self, sums: Floats, row: Int, rows: Int, column: Int, first: Bool, last: Bool):
+        """Finishes the sums of some rows and a panel, which may be cut off.
+
+        A whole panel at once: its vectors' long chains of operations overlap.
+        """
+        var ends = last and self.gelu
+        if column + PANEL > self.columns:
             for r in range(rows):
-                self.finish[PANEL, True](
-                    sums.unsafe_offset(r * PANEL), row + r, column, first, True
-                )
+                for i in range(self.columns - column):
+                    var sum = sums.unsafe_offset(r * PANEL + i)
+                    if ends:
+                        self.store[1, True](sum, row + r, column + i, first)
+                    else:
+                        self.store[1, False](sum, row + r, column + i, first)
+        elif ends:
+            for r in range(rows):
+                self.store[PANEL, True](sums.unsafe_offset(r * PANEL), row + r, column, first)
         else:
             for r in range(rows):
-                self.finish[PANEL, False](
-                    sums.unsafe_offset(r * PANEL), row + r, column, first, last
-                )
-
-    def finish_numbers(
-        self, sums: Floats, row: Int, rows: Int, column: Int, first: Bool, last: Bool
-    ):
-        """The same for a panel that is cut off, a number at a time."""
-        for r in range(rows):
-            for i in range(self.columns - column):
-                var at = sums.unsafe_offset(r * PANEL + i)
-                if last and self.gelu:
-                    self.finish[1, True](at, row + r, column + i, first, True)
-                else:
-                    self.finish[1, False](at, row + r, column + i, first, last)
+                self.store[PANEL, False](sums.unsafe_offset(r * PANEL), row + r, column, first)
 
     @always_inline
-    def finish[
-        w: Int, gelu_too: Bool
-    ](self, sums: Floats, row: Int, column: Int, first: Bool, last: Bool):
-        """Stores `w` sums of one block of the shared axis, the first, the last, both or neither."""
+    def store[
+        w: Int, with_gelu: Bool
+    ](self, sums: Floats, row: Int, column: Int, first: Bool):
+        """Adds `w` sums of one block of the shared axis to the output; of the first, stores them.
+
+        with_gelu: of the last block, where there is a GELU
+        """
         var at = self.output.unsafe_offset(row * self.columns + column)
         var y = sums.unsafe_load[width=w]()
         if self.scaled:
@@ -273,7 +262,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
             y += self.bias.unsafe_offset(column).unsafe_load[width=w]()
         else:
             y += at.unsafe_load[width=w]()
-        comptime if gelu_too:
+        comptime if with_gelu:
             y = gelu(y)
             if self.residual_rows > 0:
                 y += self.residual_at[w](row, column)
