@@ -72,7 +72,7 @@ def speed_up_figure(results: Results) -> Figure:
         _clusters(axes, [speed_ups(results, group) for group in of_model], colors)
         axes.set_yticks(range(len(of_model)), [title_of(group) for group in of_model])
         axes.set_title(model, loc="left")
-        axes.invert_yaxis()
+        axes.set_ylim(len(of_model) - 0.5, -0.5)
     panels[-1, 0].set_xlabel("times faster than unpatched openai-whisper")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     labels = [PEER[name].label for name in colors]
@@ -92,7 +92,7 @@ def roofline_figure(results: Results) -> Figure:
             if parts.get(name) is not None:
                 axes.barh(row + place, parts[name], 0.8 / len(colors), color=colors[name])
     axes.set_yticks(range(len(rows)), [f"{title_of(group)}, {group[1]}" for group in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("of large matrix products in the same arithmetic, or of reading memory")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
