@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .settings import COMPILE_POLICIES, ENVIRONMENT, MODES, PRECISIONS
+from .settings import COMPILE_POLICIES, ENVIRONMENT, MODES, PRECISIONS, Settings
 
-_DEFAULT = {"mode": "auto", "precision": "high", "compile": "background"}
 _CHOICES = {"mode": MODES, "precision": PRECISIONS, "compile": COMPILE_POLICIES}
 _HELP = {
     "mode": "when MAX cannot run a call: auto: PyTorch does; strict: fail; shadow: run both, "
@@ -28,7 +27,7 @@ def add_options(parser: argparse._ActionsContainer, *names: str) -> list[argpars
         parser.add_argument(
             f"--{name}",
             choices=_CHOICES[name],
-            help=f"{_HELP[name]} (default: {_DEFAULT[name]}, or ${ENVIRONMENT[name]})",
+            help=f"{_HELP[name]} (default: {getattr(Settings, name)}, or ${ENVIRONMENT[name]})",
         )
         for name in names or _HELP
     ]
