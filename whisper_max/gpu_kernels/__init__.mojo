@@ -6,7 +6,7 @@
     extent          what both know of their operands
     few_rows        linear layers of a decoding step
     tensor_cores    the instructions that tiles are fetched and multiplied with
-    cache           self-attention caches: new tokens get their places, beams go on as copies of others
+    cache           self-attention caches: new tokens get their places, beams are copied
 """
 
 from .attention import *

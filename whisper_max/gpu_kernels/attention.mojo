@@ -14,7 +14,7 @@ from max.gpu.host import DeviceContext
 
 from .attention_by_lanes import LANE_QUERIES, by_lanes, threads_by_lanes
 from .attention_by_tiles import TILE_QUERIES, TILE_THREADS, by_tiles
-from .extent import Extent, HEAD, LOWEST, ROOT
+from .extent import Extent, HEAD_DIM, LOWEST, SCALE
 
 
 def by_loops[
@@ -38,23 +38,23 @@ def by_loops[
         var begin = extent.key(number // extent.heads, head)
         for query in range(extent.queries):
             var at = extent.query(number // extent.heads, query, head)
-            var q = queries.unsafe_offset(at).unsafe_load[width=HEAD]().cast[DType.float32]()
+            var q = queries.unsafe_offset(at).unsafe_load[width=HEAD_DIM]().cast[DType.float32]()
             var end = extent.keys
             comptime if causal:
                 end = Int(last_seen.unsafe_offset(query).unsafe_load()) + 1
             var high = LOWEST
             var total = Float32(0)
-            var sums = SIMD[DType.float32, HEAD](0)
+            var sums = SIMD[DType.float32, HEAD_DIM](0)
             for key in range(end):
-                var there = begin + key * extent.apart
-                var k = keys.unsafe_offset(there).unsafe_load[width=HEAD]()
-                var v = values.unsafe_offset(there).unsafe_load[width=HEAD]()
-                var score = (q * k.cast[DType.float32]()).reduce_add() * ROOT
+                var there = begin + key * extent.key_stride
+                var k = keys.unsafe_offset(there).unsafe_load[width=HEAD_DIM]()
+                var v = values.unsafe_offset(there).unsafe_load[width=HEAD_DIM]()
+                var score = (q * k.cast[DType.float32]()).reduce_add() * SCALE
                 if score > high:
-                    var fade = exp(high - score)
+                    var rescale = exp(high - score)
                     high = score
-                    total *= fade
-                    sums *= fade
+                    total *= rescale
+                    sums *= rescale
                 var weight = exp(score - high)
                 total += weight
                 sums += weight * v.cast[DType.float32]()
@@ -90,8 +90,8 @@ def attend[
                     Int64(extent.queries),
                     Int64(extent.keys),
                     Int64(extent.heads),
-                    Int64(extent.apart),
-                    Int64(extent.head_apart),
+                    Int64(extent.key_stride),
+                    Int64(extent.head_stride),
                     grid_dim=(ceildiv(extent.queries, TILE_QUERIES), extent.heads, batch),
                     block_dim=TILE_THREADS,
                 )
@@ -108,8 +108,8 @@ def attend[
                     Int64(extent.queries),
                     Int64(extent.keys),
                     Int64(extent.heads),
-                    Int64(extent.apart),
-                    Int64(extent.head_apart),
+                    Int64(extent.key_stride),
+                    Int64(extent.head_stride),
                     grid_dim=(ceildiv(extent.queries, most), extent.heads, batch),
                     block_dim=threads_by_lanes[most](),
                 )
@@ -185,6 +185,6 @@ def extent_of[
     var heads = queries.dim_size(2)
     comptime if heads_first:
         var count = keys.dim_size(2)
-        return Extent(queries.dim_size(1), count, heads, HEAD, count * HEAD)
+        return Extent(queries.dim_size(1), count, heads, HEAD_DIM, count * HEAD_DIM)
     else:
-        return Extent(queries.dim_size(1), keys.dim_size(1), heads, heads * HEAD, HEAD)
+        return Extent(queries.dim_size(1), keys.dim_size(1), heads, heads * HEAD_DIM, HEAD_DIM)

@@ -13,13 +13,13 @@ from max.gpu.memory import AddressSpace
 from max.gpu.primitives.warp import shuffle_xor
 from max.gpu.sync import barrier
 
-from .extent import Extent, HEAD, HIDDEN, LOWEST, SCALE, WARP
+from .extent import Extent, HEAD_DIM, MASKED, LOWEST, SCALE_LOG2E, WARP
 
 comptime LANE_QUERIES = 8
 """Most queries of a block."""
 comptime PART = 8
 """Numbers of a head that one lane keeps."""
-comptime PARTS = HEAD // PART
+comptime PARTS = HEAD_DIM // PART
 comptime GROUPS = WARP // PARTS
 """Keys that a warp looks at together."""
 comptime AHEAD = 4
@@ -47,8 +47,8 @@ def by_lanes[
     query_count: Int64,
     key_count: Int64,
     heads: Int64,
-    apart: Int64,
-    head_apart: Int64,
+    key_stride: Int64,
+    head_stride: Int64,
 ):
     """`most` queries of a head in a block.
 
@@ -56,7 +56,7 @@ def by_lanes[
     query_count and the others : the fields of Extent
     """
     var extent = Extent(
-        Int(query_count), Int(key_count), Int(heads), Int(apart), Int(head_apart)
+        Int(query_count), Int(key_count), Int(heads), Int(key_stride), Int(head_stride)
     )
     comptime Numbers = SIMD[DType.float32, PART]
     comptime warps = threads_by_lanes[most]() // WARP
@@ -74,7 +74,7 @@ def by_lanes[
     comptime for i in range(most):
         var query = first + min(i, present - 1)
         var at = queries.unsafe_offset(extent.query(batch, query, head) + part)
-        q[i] = at.unsafe_load[width=PART]().cast[DType.float32]() * SCALE
+        q[i] = at.unsafe_load[width=PART]().cast[DType.float32]() * SCALE_LOG2E
         comptime if causal:
             seen[i] = last_seen.unsafe_offset(query).unsafe_load()
     comptime if causal:
@@ -91,7 +91,7 @@ def by_lanes[
         var v = Array[SIMD[dtype, PART], AHEAD](fill=0)
         comptime for i in range(AHEAD):
             var there = key + Int32(i * stride)
-            var at = begin + Int(min(there, end - 1)) * extent.apart
+            var at = begin + Int(min(there, end - 1)) * extent.key_stride
             k[i] = keys.unsafe_offset(at).unsafe_load[width=PART, alignment=LOAD_BYTES]()
             if there < end:  # else 0, as its weight: infinity times 0 would be none
                 v[i] = values.unsafe_offset(at).unsafe_load[width=PART, alignment=LOAD_BYTES]()
@@ -104,53 +104,53 @@ def by_lanes[
                         score = q[one][j].fma(k[i][j].cast[DType.float32](), score)
                     comptime for bit in range(3):
                         score += shuffle_xor(score, UInt32(1 << bit))
-                    scores[i] = score if key + Int32(i * stride) <= seen[one] else HIDDEN
+                    scores[i] = score if key + Int32(i * stride) <= seen[one] else MASKED
                 var high = max(highest[one], scores.reduce_max())
-                var fade = exp2(highest[one] - high)
+                var rescale = exp2(highest[one] - high)
                 highest[one] = high
-                total[one] *= fade
-                sums[one] *= fade
+                total[one] *= rescale
+                sums[one] *= rescale
                 comptime for i in range(AHEAD):
                     var weight = exp2(scores[i] - high)
                     total[one] += weight
                     sums[one] += weight * v[i].cast[DType.float32]()
 
     # The four groups of a warp, and then the warps.
-    comptime row = HEAD + 2
-    var room = unsafe_stack_allocation[
+    comptime row = HEAD_DIM + 2
+    var shared = unsafe_stack_allocation[
         warps * most * row, Float32, alignment=16, address_space=AddressSpace.SHARED
     ]()
     comptime for one in range(most):
         comptime for bit in range(3, 5):
             comptime distance = UInt32(1 << bit)
             var high = max(highest[one], shuffle_xor(highest[one], distance))
-            var fade = exp2(highest[one] - high)
+            var rescale = exp2(highest[one] - high)
             highest[one] = high
-            total[one] *= fade
+            total[one] *= rescale
             total[one] += shuffle_xor(total[one], distance)
-            sums[one] *= fade
+            sums[one] *= rescale
             comptime for i in range(PART):
                 sums[one][i] += shuffle_xor(sums[one][i], distance)
-        var mine = room.unsafe_offset((warp * most + one) * row)
+        var mine = shared.unsafe_offset((warp * most + one) * row)
         if lane < PARTS:
             comptime for i in range(PART):
                 mine.unsafe_offset(part + i).unsafe_store(sums[one][i])
         if lane == 0:
-            mine.unsafe_offset(HEAD).unsafe_store(highest[one])
-            mine.unsafe_offset(HEAD + 1).unsafe_store(total[one])
+            mine.unsafe_offset(HEAD_DIM).unsafe_store(highest[one])
+            mine.unsafe_offset(HEAD_DIM + 1).unsafe_store(total[one])
     barrier()
-    for number in range(Int(thread_idx.x), present * HEAD, threads_by_lanes[most]()):
-        var one = number // HEAD
+    for number in range(Int(thread_idx.x), present * HEAD_DIM, threads_by_lanes[most]()):
+        var one = number // HEAD_DIM
         var high = LOWEST
         comptime for i in range(warps):
-            var other = room.unsafe_offset((i * most + one) * row)
-            high = max(high, other.unsafe_offset(HEAD).unsafe_load())
+            var other = shared.unsafe_offset((i * most + one) * row)
+            high = max(high, other.unsafe_offset(HEAD_DIM).unsafe_load())
         var all = Float32(0)
         var sum = Float32(0)
         comptime for i in range(warps):
-            var other = room.unsafe_offset((i * most + one) * row)
-            var fade = exp2(other.unsafe_offset(HEAD).unsafe_load() - high)
-            all += fade * other.unsafe_offset(HEAD + 1).unsafe_load()
-            sum += fade * other.unsafe_offset(number % HEAD).unsafe_load()
-        var to = output.unsafe_offset(extent.query(batch, first + one, head) + number % HEAD)
+            var other = shared.unsafe_offset((i * most + one) * row)
+            var rescale = exp2(other.unsafe_offset(HEAD_DIM).unsafe_load() - high)
+            all += rescale * other.unsafe_offset(HEAD_DIM + 1).unsafe_load()
+            sum += rescale * other.unsafe_offset(number % HEAD_DIM).unsafe_load()
+        var to = output.unsafe_offset(extent.query(batch, first + one, head) + number % HEAD_DIM)
         to.unsafe_store((sum / all).cast[dtype]())

@@ -14,7 +14,7 @@ from max.gpu.memory import AddressSpace
 from max.gpu.primitives.warp import shuffle_xor
 from max.gpu.sync import barrier
 
-from .extent import Extent, HEAD, HIDDEN, LOWEST, SCALE, WARP
+from .extent import Extent, HEAD_DIM, MASKED, LOWEST, SCALE_LOG2E, WARP
 from .tensor_cores import (
     CHUNKS,
     CHUNK_BYTES,
@@ -39,9 +39,9 @@ comptime WARP_QUERIES = 16 * FRAGMENTS
 comptime TILE_QUERIES = TILE_THREADS // WARP * WARP_QUERIES
 comptime LANE_ROWS = 2 * FRAGMENTS
 """Queries that a lane has a part of: rows g and g + 8 of each fragment."""
-comptime EIGHTS = HEAD // 8
+comptime EIGHTS = HEAD_DIM // 8
 """Fragments of eight columns: keys of a tile, or numbers of a head."""
-comptime STEPS = HEAD // 16
+comptime STEPS = HEAD_DIM // 16
 """Products for a fragment of scores, and likewise of values."""
 comptime HALF_BYTES = 2
 comptime PAIR_BYTES = 2 * HALF_BYTES
@@ -59,8 +59,8 @@ def by_tiles[
     query_count: Int64,
     key_count: Int64,
     heads: Int64,
-    apart: Int64,
-    head_apart: Int64,
+    key_stride: Int64,
+    head_stride: Int64,
 ):
     """128 queries of a head.
 
@@ -68,7 +68,7 @@ def by_tiles[
     query_count and the others : the fields of Extent
     """
     var extent = Extent(
-        Int(query_count), Int(key_count), Int(heads), Int(apart), Int(head_apart)
+        Int(query_count), Int(key_count), Int(heads), Int(key_stride), Int(head_stride)
     )
     var lane = Int(thread_idx.x) % WARP
     var head = Int(block_idx.y)
@@ -80,21 +80,21 @@ def by_tiles[
         var last = min(block_first + TILE_QUERIES, extent.queries) - 1
         end = Int(last_seen.unsafe_offset(last).unsafe_load()) + 1
 
-    var room = unsafe_stack_allocation[
+    var shared = unsafe_stack_allocation[
         4 * TILE_BYTES, UInt8, alignment=128, address_space=AddressSpace.SHARED
     ]()
     var begin = extent.key(batch, head)
-    var tiles = Tiles(
-        UInt32(Int(room)),
+    var tiles = KeyValueTiles(
+        UInt32(Int(shared)),
         Int(keys.unsafe_offset(begin)),
         Int(values.unsafe_offset(begin)),
-        extent.apart * HALF_BYTES,
+        extent.key_stride * HALF_BYTES,
         end,
         Int(thread_idx.x),
     )
 
     # Of queries that there are not the last is computed again, and not stored.
-    var rows = Rows[dtype](Int32(end - 1))
+    var rows = QueryRows[dtype](Int32(end - 1))
     comptime for row in range(LANE_ROWS):
         var query = min(first + 8 * row, extent.queries - 1)
         comptime if causal:
@@ -126,7 +126,7 @@ def by_tiles[
                 to.unsafe_offset(8 * eight).unsafe_store[alignment=PAIR_BYTES](two.cast[dtype]())
 
 
-struct Rows[dtype: DType]:
+struct QueryRows[dtype: DType]:
     """32 queries of a warp, their softmax so far, and its values: what one lane has of them.
 
     Fragments are as in tensor_cores.mojo; a lane's row 2 i is row g of the i-th, 2 i + 1 row g + 8.
@@ -138,7 +138,7 @@ struct Rows[dtype: DType]:
     var sums: Array[Sums, FRAGMENTS * EIGHTS]
     """Of weighted values."""
     var highest: Array[Float32, LANE_ROWS]
-    """Score of each row, times SCALE."""
+    """Score of each row, times SCALE_LOG2E."""
     var total: Array[Float32, LANE_ROWS]
     """Of the weights in this lane's columns."""
 
@@ -162,7 +162,7 @@ struct Rows[dtype: DType]:
                 self.queries[row // 2 * STEPS + step][register] = bitcast[DType.uint32, 1](two)
 
     @always_inline
-    def add[masked: Bool](mut self, tiles: Tiles, tile: Int, lane: Int):
+    def add[masked: Bool](mut self, tiles: KeyValueTiles, tile: Int, lane: Int):
         """One tile of keys and values, which is there."""
         var scores = Array[Sums, FRAGMENTS * EIGHTS](fill=0)
         comptime for half in range(2):
@@ -219,35 +219,35 @@ struct Rows[dtype: DType]:
             comptime for eight in range(EIGHTS):
                 comptime for i in range(2):
                     if Int32(8 * eight + i) > left:
-                        scores[first + eight][side + i] = HIDDEN
+                        scores[first + eight][side + i] = MASKED
         var high = LOWEST
         comptime for eight in range(EIGHTS):
             high = max(high, scores[first + eight][side])
             high = max(high, scores[first + eight][side + 1])
         high = max(high, shuffle_xor(high, 1))
         high = max(high, shuffle_xor(high, 2))
-        high = max(self.highest[row], high * SCALE)
-        var fade = exp2(self.highest[row] - high)
+        high = max(self.highest[row], high * SCALE_LOG2E)
+        var rescale = exp2(self.highest[row] - high)
         self.highest[row] = high
         var total = Float32(0)
         comptime for eight in range(EIGHTS):
             comptime for i in range(2):
-                var weight = exp2(scores[first + eight][side + i] * SCALE - high)
+                var weight = exp2(scores[first + eight][side + i] * SCALE_LOG2E - high)
                 scores[first + eight][side + i] = weight
                 total += weight
-                self.sums[first + eight][side + i] *= fade
-        self.total[row] = self.total[row] * fade + total
+                self.sums[first + eight][side + i] *= rescale
+        self.total[row] = self.total[row] * rescale + total
 
 
 @fieldwise_init
-struct Tiles(ImplicitlyCopyable):
+struct KeyValueTiles(ImplicitlyCopyable):
     """Keys and values on their way into shared memory: one tile of each is used, one fetched."""
 
     var shared: UInt32
     var keys: Int
     var values: Int
     """The addresses of a head's first key and value."""
-    var apart: Int
+    var key_stride: Int
     """Bytes from one to the next."""
     var end: Int
     var thread: Int
@@ -269,7 +269,7 @@ struct Tiles(ImplicitlyCopyable):
                 var chunk = number % CHUNKS
                 var key = tile * TILE_KEYS + row
                 var there = key < self.end
-                var at = min(key, self.end - 1) * self.apart + chunk * CHUNK_BYTES
+                var at = min(key, self.end - 1) * self.key_stride + chunk * CHUNK_BYTES
                 fetch_chunk(self.key_chunk(tile, row, chunk), self.keys + at, there)
                 fetch_chunk(self.value_chunk(tile, row, chunk), self.values + at, there)
         close_fetches()

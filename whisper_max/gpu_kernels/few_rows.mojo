@@ -1,9 +1,9 @@
 """Linear layers of a decoding step: up to eight rows at a time, on tensor cores.
 
-Few rows are multiplied with all weights, and wait for these. So weights are the left operand of the
-products, 16 outputs at a time, and the rows are the right one's eight columns, of which as many count
-as there are rows. Inputs may be added up in any order, if it is the same on both sides: a lane takes
-eight neighbours of a row of weights, 16 bytes, and the same eight of its row of inputs.
+Few rows are multiplied with all weights, and wait for these. So weights are the left operand of
+the products, 16 outputs at a time, and the rows are the right one's eight columns, of which as many
+count as there are rows. Inputs may be added up in any order, if it is the same on both sides: a
+lane takes eight neighbours of a row of weights, 16 bytes, and the same eight of its row of inputs.
 """
 
 from std.math import ceildiv, erf
@@ -22,17 +22,18 @@ from .extent import WARP
 from .tensor_cores import CHUNK_BYTES, Fragment, Sums, multiply
 
 comptime ROWS = 8
-"""Of a block."""
+"""Rows that a thread block computes."""
 comptime OUTPUTS = 16
-"""Of a block; its warps share the inputs."""
+"""Outputs that a thread block computes; its warps share the inputs."""
 comptime ROW_WARPS = 8
+"""Warps of a thread block."""
 comptime ROW_THREADS = ROW_WARPS * WARP
 comptime EIGHT = 8
-"""Neighbours that a lane takes."""
+"""Neighbouring inputs that a lane takes."""
 comptime INPUTS = 4 * EIGHT
-"""That a warp takes at a time: a multiple of so many there must be."""
+"""Inputs that a warp takes at a time; a layer has a multiple of them."""
 comptime LOADS = 4
-"""Of 16 bytes of each row of weights, that are under way at a time."""
+"""Loads of 16 bytes that are under way at a time, of each row of weights."""
 comptime ROOT_OF_HALF: Float32 = 0.7071067811865476
 
 
@@ -81,19 +82,19 @@ def by_few_rows[
                 var left = Fragment(a[i][k], b[i][k], a[i][k + 1], b[i][k + 1])
                 sums = multiply[dtype](left, x[i][k], x[i][k + 1], sums)
 
-    var room = unsafe_stack_allocation[
+    var shared = unsafe_stack_allocation[
         ROW_WARPS * ROWS * OUTPUTS, Float32, alignment=16, address_space=AddressSpace.SHARED
     ]()
     comptime for i in range(4):
         var place = (warp * ROWS + 2 * t + i % 2) * OUTPUTS + g + i // 2 * 8
-        room.unsafe_offset(place).unsafe_store(sums[i])
+        shared.unsafe_offset(place).unsafe_store(sums[i])
     barrier()
     var at_row = Int(thread_idx.x) // OUTPUTS
     var number = first + Int(thread_idx.x) % OUTPUTS
     if at_row < min(ROWS, rows - first_row) and number < outputs:
         var sum = Float32(0)
         comptime for i in range(ROW_WARPS):
-            sum += room.unsafe_offset(i * ROWS * OUTPUTS + Int(thread_idx.x)).unsafe_load()
+            sum += shared.unsafe_offset(i * ROWS * OUTPUTS + Int(thread_idx.x)).unsafe_load()
         var place = (first_row + at_row) * outputs + number
         var result = finish[dtype, biased, gelu, adding](sum, bias, number, added, place)
         output.unsafe_offset(place).unsafe_store(result)
@@ -129,7 +130,7 @@ def finish[
 
 @extensibility.register("whisper_few_rows")
 struct FewRows:
-    """inputs @ weight.T + bias; then GELU, if asked for; then something added.
+    """Computes inputs @ weight.T + bias; then GELU, if asked for; then something added.
 
     inputs, shape = (rows, in); in is a multiple of 32
     weight, shape = (out, in)

@@ -3,7 +3,8 @@
 A warp multiplies 16 rows by 16 numbers with 16 by 8 columns. Which of them a lane holds is the
 instruction's to say (PTX ISA, "mma.m16n8k16"): with g = lane / 4 and t = lane % 4, four registers
 of two neighbours each for the left operand, from column 2t and 2t + 8 of the rows g and g + 8; two
-for the right one, from row 2t and 2t + 8 of column g; and sums 2t and 2t + 1 of the rows g and g + 8.
+for the right one, from row 2t and 2t + 8 of column g; and sums 2t and 2t + 1 of the rows g and
+g + 8.
 
 In shared memory a tile is rows of 64 numbers in half precision, eight chunks of 16 bytes. A chunk
 stands at its number xor the row's, so that the same chunk of eight rows lies in all banks.

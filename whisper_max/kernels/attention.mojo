@@ -7,7 +7,7 @@ one bfloat16 or two for each number (tiles.mojo). Scores of a few rows live in a
 the score matrix of a window is never formed.
 """
 
-from std.math import align_up, ceildiv, exp
+from std.math import align_up, ceildiv, exp, iota
 from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 from std.sys import llvm_intrinsic
@@ -148,7 +148,9 @@ def mask(scores: Floats, count: Int, length: Int):
 
 
 @always_inline
-def softmax[rounded: Bool = False](scores: Floats, length: Int, highest: Float32) -> Float32:
+def softmax[
+    width: Int, rounded: Bool = False
+](scores: Floats, length: Int, highest: Float32) -> Float32:
     """Exponentiates `scores[:length]` less the highest of them; returns the sum.
 
     `length` is a multiple of a panel, so that vectors overlap. Where `rounded`, what is stored is
@@ -158,39 +160,50 @@ def softmax[rounded: Bool = False](scores: Floats, length: Int, highest: Float32
     var total = SIMD[F32, PANEL](0)
     for i in range(0, length, PANEL):
         var x = scores.unsafe_offset(i).unsafe_load[width=PANEL]() - highest
-        comptime if rounded:
-            var e = rough_exp(x)
-            to.unsafe_offset(i).unsafe_store(e.cast[BF16]())
-            total += e
+        var e = SIMD[F32, PANEL](0)
+        comptime if width == WORDS:
+            comptime for half in range(0, PANEL, WORDS):
+                e = e.insert[offset=half](exp_by_scaling[rounded](x.slice[WORDS, offset=half]()))
         else:
-            var e = exp(x)
+            e = exp(x)
+        comptime if rounded:
+            to.unsafe_offset(i).unsafe_store(e.cast[BF16]())
+        else:
             scores.unsafe_offset(i).unsafe_store(e)
-            total += e
+        total += e
     return total.reduce_add()
 
 
 @always_inline
-def rough_exp(x: SIMD[F32, PANEL]) -> SIMD[F32, PANEL]:
-    """Approximates exp(x): relative error below 1e-4, a 20th of that of rounding to bfloat16.
+def exp_by_scaling[rough: Bool](x: SIMD[F32, WORDS]) -> SIMD[F32, WORDS]:
+    """The exponential of numbers that are not positive, with AVX-512, in half the instructions.
 
-    2^p is 2^floor(p), by which AVX-512 scales, times a polynomial of what floor takes away.
+    2^p is 2^floor(p), by which `vscalefps` scales, times a polynomial of what floor takes away.
+    Relative error below (2 + |x|) / 2^24, and exact for 0: so weights next to the highest are off
+    by no more than float32 is. Where `rough`, below 1e-4, a 20th of that of rounding to bfloat16.
+    Coefficients by weighted least squares.
     """
-    var result = SIMD[F32, PANEL](0)
-    comptime for half in range(0, PANEL, WORDS):
-        comptime Vector = SIMD[F32, WORDS]
-        var power = x.slice[WORDS, offset=half]() * LOG2_E
-        var rest = llvm_intrinsic["llvm.x86.avx512.mask.reduce.ps.512", Vector](
-            power, Int32(FLOOR), power, Int16(-1), Int32(CURRENT_ROUNDING)
-        )
-        var y = Vector(0.07802452)
-        y = y.fma(rest, Vector(0.22606718))
-        y = y.fma(rest, Vector(0.69583352))
-        y = y.fma(rest, Vector(0.99992523))
-        y = llvm_intrinsic["llvm.x86.avx512.mask.scalef.ps.512", Vector](
-            y, power, y, Int16(-1), Int32(CURRENT_ROUNDING)
-        )
-        result = result.insert[offset=half](y)
-    return result
+    var power = x * LOG2_E
+    var rest = llvm_intrinsic["llvm.x86.avx512.mask.reduce.ps.512", SIMD[F32, WORDS]](
+        power, Int32(FLOOR), power, Int16(-1), Int32(CURRENT_ROUNDING)
+    )
+    var y: SIMD[F32, WORDS]
+    comptime if rough:
+        y = SIMD[F32, WORDS](0.07802452)
+        y = y.fma(rest, 0.22606718)
+        y = y.fma(rest, 0.69583352)
+        y = y.fma(rest, 0.99992523)
+    else:
+        y = SIMD[F32, WORDS](0.0002161291631637141)
+        y = y.fma(rest, 0.0012467845808714628)
+        y = y.fma(rest, 0.009675451554358006)
+        y = y.fma(rest, 0.055485282093286514)
+        y = y.fma(rest, 0.2402293086051941)
+        y = y.fma(rest, 0.6931470632553101)
+        y = y.fma(rest, 1.0)
+    return llvm_intrinsic["llvm.x86.avx512.mask.scalef.ps.512", SIMD[F32, WORDS]](
+        y, power, y, Int16(-1), Int32(CURRENT_ROUNDING)
+    )
 
 
 @fieldwise_init
@@ -220,7 +233,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         comptime if Self.tiles:
             begin_tiles()
             for row in range(0, rows, SIDE):
-                self.side(scores, stride, row, min(SIDE, rows - row))
+                self.attend_in_tiles(scores, stride, row, min(SIDE, rows - row))
             end_tiles()
         else:
             var row = 0
@@ -228,12 +241,12 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                 comptime count = (largest, 5, 2, 1)[tile]
                 comptime if count <= largest:
                     while row + count <= rows:
-                        self.tile[count](scores, stride, row)
+                        self.attend[count](scores, stride, row)
                         row += count
         scores.unsafe_free()
 
     @always_inline
-    def tile[rows: Int](self, scores: Floats, stride: Int, row: Int):
+    def attend[rows: Int](self, scores: Floats, stride: Int, row: Int):
         """Attends with `rows` rows from `row` on."""
         var length = padded(self.frames)
         var highest = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
@@ -246,7 +259,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         self.keep_scores(scores, stride, row, rows)
         var totals = Array[Float32, rows](fill=0)
         for r in range(rows):
-            totals[r] = softmax[Self.type == BF16](
+            totals[r] = softmax[Self.width, Self.type == BF16](
                 scores.unsafe_offset(r * stride),
                 length,
                 highest_of(raw(highest).unsafe_offset(r * PANEL), PANEL),
@@ -271,30 +284,19 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
 
         Keys that only fill the last panel up are masked.
         """
-        var at = scores.unsafe_offset(frame)
-        if frame + 2 * lanes > self.frames:
-            comptime for r in range(rows):
-                var line = at.unsafe_offset(r * stride)
-                line.unsafe_store(sums[2 * r])
-                line.unsafe_offset(lanes).unsafe_store(sums[2 * r + 1])
-                mask(line, max(0, self.frames - frame), 2 * lanes)
-                var high = highest.unsafe_offset(r * PANEL)
-                comptime for half in range(0, 2 * lanes, lanes):
-                    high.unsafe_store(
-                        higher[lanes](
-                            line.unsafe_offset(half).unsafe_load[width=lanes](),
-                            high.unsafe_load[width=lanes](),
-                        )
-                    )
-            return
+        var is_cut = frame + 2 * lanes > self.frames
         comptime for r in range(rows):
-            var line = at.unsafe_offset(r * stride)
-            line.unsafe_store(sums[2 * r])
-            line.unsafe_offset(lanes).unsafe_store(sums[2 * r + 1])
+            var line = scores.unsafe_offset(r * stride + frame)
             var high = highest.unsafe_offset(r * PANEL)
-            high.unsafe_store(
-                higher[lanes](higher[lanes](sums[2 * r], sums[2 * r + 1]), high.unsafe_load[width=lanes]())
-            )
+            var highest_of_row = high.unsafe_load[width=lanes]()
+            comptime for half in range(2):
+                var score = sums[2 * r + half]
+                if is_cut:
+                    var frames = iota[F32, lanes](Float32(frame + half * lanes))
+                    score = frames.lt(Float32(self.frames)).select(score, MASKED)
+                line.unsafe_offset(half * lanes).unsafe_store(score)
+                highest_of_row = higher[lanes](score, highest_of_row)
+            high.unsafe_store(highest_of_row)
 
     @always_inline
     def keep_scores(self, scores: Floats, stride: Int, row: Int, rows: Int):
@@ -308,7 +310,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                     scores.unsafe_offset(r * stride + i).unsafe_load()
                 )
 
-    def side(self, scores: Floats, stride: Int, row: Int, rows: Int):
+    def attend_in_tiles(self, scores: Floats, stride: Int, row: Int, rows: Int):
         """Attends with up to SIDE rows from `row` on; what tiles make of further ones is unused."""
         comptime parts = parts_of[Self.type, True]()
         var length = padded(self.frames)
@@ -337,7 +339,9 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             var scores_of_row = scores.unsafe_offset(r * stride)
             mask(scores_of_row, self.frames, length)
             totals.unsafe_offset(r).unsafe_store(
-                softmax[parts == 1](scores_of_row, length, highest_of(scores_of_row, length))
+                softmax[Self.width, parts == 1](
+                    scores_of_row, length, highest_of(scores_of_row, length)
+                )
             )
             comptime if parts > 1:
                 store_bfloat16[parts](scores_of_row, weights.unsafe_offset(2 * r * stride), length)
@@ -508,7 +512,7 @@ struct SelfAttention[width: Int](ImplicitlyCopyable):
                 scores.unsafe_offset(p).unsafe_store(product.reduce_add() * SCALE)
             var length = align_up(count, PANEL)
             mask(scores, count, length)
-            var total = softmax(scores, length, highest_of(scores, length))
+            var total = softmax[Self.width](scores, length, highest_of(scores, length))
             var sums = Array[SIMD[F32, Self.width], vectors](fill=SIMD[F32, Self.width](0))
             for p in range(count):
                 var value = self.at(1, self.row_of(row, p), head, p)

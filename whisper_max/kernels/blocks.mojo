@@ -18,8 +18,8 @@ from .attention import (
 from .gemm import F32, PANEL, Floats, Packed, copy, raw, tile_rows
 from .phases import Phases, team_size
 from .norm import Norm
-from .products import Rows
-from .projection import FEW_ROWS, PACKED_ROWS, PROJECT_PHASES, Projection, project
+from .products import Panel, PackedRows
+from .projection import PACKED_ROWS, PROJECT_PHASES, Projection, project
 
 comptime QUERY_ROWS = 192
 """Queries of one head that one worker attends with at a time."""
@@ -27,7 +27,9 @@ comptime QUERY_ROWS = 192
 
 @always_inline
 def norm_of(
-    weight: InputTensor[dtype=F32, rank=2, ...], bias: InputTensor[dtype=F32, rank=2, ...], layer: Int
+    weight: InputTensor[dtype=F32, rank=2, ...],
+    bias: InputTensor[dtype=F32, rank=2, ...],
+    layer: Int,
 ) -> Norm:
     """The LayerNorm of one layer."""
     var length = weight.dim_size(1)
@@ -50,8 +52,9 @@ def linear[
     bias: InputTensor[dtype=F32, rank=2, ...],
     layer: Int,
     norm: Norm,
-    residual: Bool,
-    gelu: Bool,
+    *,
+    residual: Bool = False,
+    gelu: Bool = False,
 ) -> Projection[type, width, product, tiles]:
     """The projection of one layer; `residual` adds to what the output holds."""
     var length = weight.dim_size(2)
@@ -127,9 +130,8 @@ struct EncoderBlocks:
         var attended = hidden.unsafe_offset(rows * 3 * n)
         var keys = unsafe_alloc[Scalar[attention]](2 * batch * heads * head_size(frames))
         var values = keys.unsafe_offset(batch * heads * head_size(frames))
-        comptime Left = Rows[product, width, tiles]
         var packed = unsafe_alloc[UInt8](
-            Left.bytes(rows, 4 * n) if rows > FEW_ROWS else 0, alignment=64
+            Projection[type, width, product, tiles].packed_bytes(rows, 4 * n), alignment=64
         )
         var memory = raw(packed)
         var phases = Phases((4 * PROJECT_PHASES + 2) * layers)
@@ -189,18 +191,21 @@ struct EncoderBlocks:
                 var attn_ln = norm_of(attn_ln_weight, attn_ln_bias, layer)
                 var mlp_ln = norm_of(mlp_ln_weight, mlp_ln_bias, layer)
                 project(phase, team, linear[width, product, tiles](
-                    hidden, stream, rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln, False, False
+                    hidden, stream, rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln
                 ), memory)
                 phase.run(batch * heads, pack)
                 phase.run(batch * heads * query_blocks, attend)
                 project(phase, team, linear[width, product, tiles](
-                    stream, attended, rows, out_weight, out_scale, out_bias, layer, none, True, False
+                    stream, attended, rows, out_weight, out_scale, out_bias, layer, none,
+                    residual=True,
                 ), memory)
                 project(phase, team, linear[width, product, tiles](
-                    hidden, stream, rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln, False, True
+                    hidden, stream, rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln,
+                    gelu=True,
                 ), memory)
                 project(phase, team, linear[width, product, tiles](
-                    stream, hidden, rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none, True, False
+                    stream, hidden, rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none,
+                    residual=True,
                 ), memory)
 
         sync_parallelize(worker, team)
@@ -305,9 +310,8 @@ struct DecoderBlocks:
         var kept = raw(residuals.unsafe_ptr())
         var keeps = residuals.dim_size(0) > 0
         var stream_size = all_rows * n
-        comptime Left = Rows[product, width, tiles]
         var packed = unsafe_alloc[UInt8](
-            Left.bytes(all_rows, 4 * n) if all_rows > FEW_ROWS else 0, alignment=64
+            Projection[type, width, product, tiles].packed_bytes(all_rows, 4 * n), alignment=64
         )
         var memory = raw(packed)
         var phases = Phases((6 * PROJECT_PHASES + 4) * layers)
@@ -375,34 +379,33 @@ struct DecoderBlocks:
                     ).run(group)
 
                 project(phase, team, linear[width, product, tiles](
-                    hidden, stream, all_rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln,
-                    False, False,
+                    hidden, stream, all_rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln
                 ), memory)
                 phase.run(rows * heads, attend)
                 project(phase, team, linear[width, product, tiles](
                     stream, attended, all_rows, out_weight, out_scale, out_bias, layer, none,
-                    True, False,
+                    residual=True,
                 ), memory)
                 if keeps:
                     keep[width](phase, stream, kept, 2 * layer, stream_size)
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, cross_query_weight, cross_query_scale,
-                    cross_query_bias, layer, cross_ln, False, False,
+                    cross_query_bias, layer, cross_ln,
                 ), memory)
                 phase.run(windows * heads, cross_attend)
                 project(phase, team, linear[width, product, tiles](
                     stream, attended, all_rows, cross_out_weight, cross_out_scale, cross_out_bias,
-                    layer, none, True, False,
+                    layer, none, residual=True,
                 ), memory)
                 if keeps:
                     keep[width](phase, stream, kept, 2 * layer + 1, stream_size)
                 project(phase, team, linear[width, product, tiles](
-                    hidden, stream, all_rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln,
-                    False, True,
+                    hidden, stream, all_rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer,
+                    mlp_ln, gelu=True,
                 ), memory)
                 project(phase, team, linear[width, product, tiles](
                     stream, hidden, all_rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none,
-                    True, False,
+                    residual=True,
                 ), memory)
 
         sync_parallelize(worker, team)
@@ -448,12 +451,12 @@ struct CrossKV:
         var x = raw(features.unsafe_ptr())
         var to_keys = raw(keys.unsafe_ptr())
         var to_values = raw(values.unsafe_ptr())
-        comptime Left = Rows[product, width, tiles]
+        comptime Left = PackedRows[product, width, tiles]
         # Windows begin with whole tiles, so that tiles are of one window.
         var window_rows = align_up(frames, Left.at_once)
         var packed = unsafe_alloc[UInt8](Left.bytes(windows * window_rows, n), alignment=64)
         var left = Left.at(raw(packed), windows * window_rows, n)
-        var blocks = ceildiv(frames, Left.cached)
+        var blocks = ceildiv(frames, Left.rows_in_cache)
         var phases = Phases(2)
 
         def worker(
@@ -464,23 +467,28 @@ struct CrossKV:
         }:
             var phase = phases
             var none = Norm(x, x, 0)
-            var projected = unsafe_alloc[Float32](Left.cached * HEAD_DIM, alignment=64)
+            var projected = unsafe_alloc[Float32](Left.rows_in_cache * HEAD_DIM, alignment=64)
+            comptime Right = Panel[product, width, tiles]
+            var panel_of_worker = unsafe_alloc[UInt8](Right.bytes, alignment=64)
+            var right = Right.at(raw(panel_of_worker))
 
             @always_inline
-            def pack(chunk: Int) {var x, var left, var frames, var window_rows, var n, var none, imm}:
+            def pack(
+                chunk: Int
+            ) {var x, var left, var frames, var window_rows, var n, var none, imm}:
                 """Packs some frames of the features."""
                 var first = chunk * PACKED_ROWS
                 for row in range(first, min(first + PACKED_ROWS, windows * frames)):
                     var to = row // frames * window_rows + row % frames
-                    left.take(to, x.unsafe_offset(row * n), none)
+                    left.pack(to, x.unsafe_offset(row * n), none)
 
             @always_inline
             def fill(
                 chunk: Int
             ) {
                 var x, var to_keys, var to_values, var projected, var windows, var frames, var n,
-                var heads, var layers, var elements, var left, var window_rows, var blocks,
-                var none, imm
+                var heads, var layers, var elements, var left, var right, var window_rows,
+                var blocks, var none, imm
             }:
                 """Keys or values of one head of a layer, of a block of a window's frames.
 
@@ -488,17 +496,17 @@ struct CrossKV:
                 """
                 var of_block = 2 * heads * layers
                 var window = chunk // of_block // blocks
-                var first = chunk // of_block % blocks * Left.cached
-                var rows = min(Left.cached, frames - first)
+                var first = chunk // of_block % blocks * Left.rows_in_cache
+                var rows = min(Left.rows_in_cache, frames - first)
                 var layer = chunk % of_block // (2 * heads)
                 var of_values = chunk // heads % 2
                 var head = chunk % heads
                 comptime panels = HEAD_DIM // PANEL
                 var part = linear[width, product, tiles](
-                    x, x, rows, kv_weight, kv_scale, kv_bias, layer, none, False, False
-                ).part((of_values * heads + head) * panels, panels, projected)
+                    x, x, rows, kv_weight, kv_scale, kv_bias, layer, none
+                ).panels_from((of_values * heads + head) * panels, panels, projected)
                 comptime for panel in range(panels):
-                    part.block(left, window * window_rows + first, 0, rows, panel)
+                    part.block(left, right, window * window_rows + first, 0, rows, panel)
                 var to = ((layer * windows + window) * heads + head) * elements
                 if of_values == 1:
                     pack_values[width, False](
@@ -515,6 +523,7 @@ struct CrossKV:
 
             phase.run(ceildiv(windows * frames, PACKED_ROWS), pack)
             phase.run(windows * blocks * 2 * heads * layers, fill)
+            panel_of_worker.unsafe_free()
             projected.unsafe_free()
 
         sync_parallelize(worker, team)

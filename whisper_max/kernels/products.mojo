@@ -161,7 +161,7 @@ def quantize(source: Floats, to: Packed[I8], count: Int) -> Float32:
 
 
 @fieldwise_init
-struct Rows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
+struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     """The left operand of a product, packed once for all workers.
 
     Cut along the shared axis into blocks, `[blocks, rows, stride]`; `rows` fill the last tile up.
@@ -172,21 +172,21 @@ struct Rows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     """
 
     comptime parts = parts_of[Self.product, Self.tiles]()
-    comptime held = BF16 if Self.parts == 2 else Self.product
+    comptime stored = BF16 if Self.parts == 2 else Self.product
     comptime at_once = SIDE if Self.tiles else tile_rows[Self.width]()
     """Rows that are multiplied at a time."""
-    comptime step = 1 if not Self.tiles else STEP_BYTES if Self.held == I8 else PAIRS_STEP
+    comptime step = 1 if not Self.tiles else STEP_BYTES if Self.stored == I8 else PAIRS_STEP
     """Rows and panels are filled up to a multiple of it, with zeros."""
     comptime block_length = BLOCK_LENGTH // Self.parts
     """Of the shared axis, at most: a panel of it stays in the caches of a core."""
-    comptime stride = BLOCK_LENGTH + (STEP_BYTES if Self.tiles and Self.held == I8 else 32)
+    comptime stride = BLOCK_LENGTH + (STEP_BYTES if Self.tiles and Self.stored == I8 else 32)
     """Row distance: constant, and rows fall into different cache sets."""
-    comptime cached = (
-        CACHED_BYTES // (Self.stride * size_of[Scalar[Self.held]]()) // ROWS_STEP * ROWS_STEP
+    comptime rows_in_cache = (
+        CACHED_BYTES // (Self.stride * size_of[Scalar[Self.stored]]()) // ROWS_STEP * ROWS_STEP
     )
     """Rows of a block that stay in the second-level cache."""
 
-    var numbers: Packed[Self.held]
+    var numbers: Packed[Self.stored]
     var scales: Floats
     var rows: Int
     var length: Int
@@ -195,13 +195,13 @@ struct Rows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     def bytes(rows: Int, length: Int) -> Int:
         """What `rows` rows take at most, be they `length` or fewer numbers long."""
         var whole = align_up(rows, Self.at_once) * ceildiv(length, Self.block_length)
-        return whole * (Self.stride * size_of[Scalar[Self.held]]() + size_of[Float32]())
+        return whole * (Self.stride * size_of[Scalar[Self.stored]]() + size_of[Float32]())
 
     @staticmethod
     def at(memory: Bytes, rows: Int, length: Int) -> Self:
         """Rows to be taken into `memory`, which is aligned to cache lines."""
         var whole = align_up(rows, Self.at_once)
-        var numbers = Packed[Self.held](unsafe_from_address=Int(memory))
+        var numbers = Packed[Self.stored](unsafe_from_address=Int(memory))
         var scales = numbers.unsafe_offset(whole * ceildiv(length, Self.block_length) * Self.stride)
         return Self(numbers, Floats(unsafe_from_address=Int(scales)), whole, length)
 
@@ -212,14 +212,14 @@ struct Rows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         return min(block * align_up(ceildiv(self.length, blocks), WORDS), self.length)
 
     @always_inline
-    def row(self, block: Int, row: Int) -> Packed[Self.held]:
+    def row(self, block: Int, row: Int) -> Packed[Self.stored]:
         return self.numbers.unsafe_offset((block * self.rows + row) * Self.stride)
 
     @always_inline
     def scale(self, block: Int, row: Int) -> Floats:
         return self.scales.unsafe_offset(block * self.rows + row)
 
-    def take(self, row: Int, source: Floats, norm: Norm):
+    def pack(self, row: Int, source: Floats, norm: Norm):
         """Packs one row, normalized if there is a norm."""
         var moments = norm.moments[Self.width](source, self.length)
         var line = unsafe_stack_allocation[BLOCK_LENGTH, Float32, alignment=64]()
@@ -227,7 +227,7 @@ struct Rows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             var begin = self.begin(block)
             var length = self.begin(block + 1) - begin
             var to = self.row(block, row)
-            comptime if Self.held == F32:
+            comptime if Self.stored == F32:
                 norm.apply[Self.width](
                     source, begin, length, moments, Floats(unsafe_from_address=Int(to))
                 )
@@ -239,7 +239,7 @@ struct Rows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                     norm.apply[Self.width](source, begin, length, moments, numbers)
                     for i in range(length, whole):
                         numbers.unsafe_offset(i).unsafe_store(Float32(0))
-                comptime if Self.held == BF16:
+                comptime if Self.stored == BF16:
                     store_bfloat16[Self.parts](
                         numbers, Packed[BF16](unsafe_from_address=Int(to)), whole
                     )
@@ -253,31 +253,31 @@ struct Rows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
 struct Panel[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     """A worker's own panel of the right operand, to be multiplied with tiles of the left one."""
 
-    comptime Left = Rows[Self.product, Self.width, Self.tiles]
-    comptime held = Self.Left.held
+    comptime Left = PackedRows[Self.product, Self.width, Self.tiles]
+    comptime stored = Self.Left.stored
     comptime at_once = Self.Left.at_once
-    comptime bytes = BLOCK_LENGTH * PANEL * size_of[Scalar[Self.held]]() + PANEL * 4
+    comptime bytes = BLOCK_LENGTH * PANEL * size_of[Scalar[Self.stored]]() + PANEL * 4
 
-    var numbers: Packed[Self.held]
+    var numbers: Packed[Self.stored]
     var corrections: Integers
     """What INT8_ZERO adds to the sums of each column, for int8."""
 
     @staticmethod
     def at(memory: Bytes) -> Self:
         """A panel in `bytes` of memory, which is aligned to cache lines."""
-        var numbers = Packed[Self.held](unsafe_from_address=Int(memory))
+        var numbers = Packed[Self.stored](unsafe_from_address=Int(memory))
         var behind = numbers.unsafe_offset(BLOCK_LENGTH * PANEL)
         return Self(numbers, Integers(unsafe_from_address=Int(behind)))
 
-    def take[type: DType](self, source: Packed[type], length: Int):
+    def load[type: DType](self, source: Packed[type], length: Int):
         """Takes a packed panel, `[length, 32]`."""
-        comptime if Self.held == F32:
+        comptime if Self.stored == F32:
             var to = Floats(unsafe_from_address=Int(self.numbers))
             for i in range(0, length * PANEL, Self.width):
                 to.unsafe_offset(i).unsafe_store(
                     source.unsafe_offset(i).unsafe_load[width=Self.width]().cast[F32]()
                 )
-        comptime if Self.held == BF16:
+        comptime if Self.stored == BF16:
             var to = Packed[BF16](unsafe_from_address=Int(self.numbers))
             for k in range(0, align_up(length, Self.Left.step), 2):
                 store_pairs[Self.Left.parts](
@@ -286,10 +286,10 @@ struct Panel[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                     to,
                     k,
                 )
-        comptime if Self.held == I8:
-            self.take_int8(Packed[I8](unsafe_from_address=Int(source)), length)
+        comptime if Self.stored == I8:
+            self.load_int8(Packed[I8](unsafe_from_address=Int(source)), length)
 
-    def take_int8(self, source: Packed[I8], length: Int):
+    def load_int8(self, source: Packed[I8], length: Int):
         """Takes a panel that is int8 already."""
         var to = Packed[I8](unsafe_from_address=Int(self.numbers))
         var total = SIMD[I32, PANEL](0)
@@ -314,9 +314,9 @@ struct Panel[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             multiply_tiles[Self.Left.parts](
                 a, Self.Left.stride, self.numbers, ceildiv(length, Self.Left.step), to, PANEL
             )
-        elif Self.held == F32:
+        elif Self.stored == F32:
             self.multiply_floats(Floats(unsafe_from_address=Int(a)), length, to)
-        elif Self.held == BF16:
+        elif Self.stored == BF16:
             var sums = Array[SIMD[F32, WORDS], 2 * Self.at_once](fill=SIMD[F32, WORDS](0))
             accumulate_pairs[Self.at_once](
                 sums,
@@ -340,7 +340,7 @@ struct Panel[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                 to.unsafe_offset(i * WORDS).unsafe_store(
                     self.widen(sums[i], left.scale(block, row), i)
                 )
-        comptime if Self.tiles and Self.held == I8:
+        comptime if Self.tiles and Self.stored == I8:
             var sums = Integers(unsafe_from_address=Int(to))
             for i in range(2 * Self.at_once):
                 var sum = sums.unsafe_offset(i * WORDS).unsafe_load[width=WORDS]()

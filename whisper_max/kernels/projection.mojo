@@ -16,7 +16,7 @@ from .gemm import (
 )
 from .norm import Norm
 from .phases import Phases
-from .products import ROWS_STEP, Panel, Rows
+from .products import ROWS_STEP, Panel, PackedRows
 from .tiles import begin_tiles, end_tiles
 
 comptime FEW_ROWS = 48
@@ -26,10 +26,10 @@ comptime STREAM_LINES = 2048
 last one."""
 comptime PACKED_ROWS = 32
 """Rows that a worker packs at a time."""
-comptime UNITS = 4
+comptime CHUNKS_PER_WORKER = 4
 """Blocks of rows by one panel that there are at least for each worker, so that all end together."""
 comptime PROJECT_PHASES = 2
-"""Of `project`, at most."""
+"""Phases of `project`, at most."""
 
 
 @always_inline
@@ -73,7 +73,8 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     output itself.
     """
 
-    comptime Left = Rows[Self.product, Self.width, Self.tiles]
+    comptime Left = PackedRows[Self.product, Self.width, Self.tiles]
+    comptime Right = Panel[Self.product, Self.width, Self.tiles]
 
     var output: Floats
     var x: Floats
@@ -89,7 +90,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     var scaled: Bool
     var gelu: Bool
 
-    def part(self, panel: Int, panels: Int, to: Floats) -> Self:
+    def panels_from(self, panel: Int, panels: Int, to: Floats) -> Self:
         """Some whole panels of a layer without residual, into `to`."""
         var result = self
         result.output = to
@@ -112,13 +113,14 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         return result
 
     @always_inline
-    def few(self) -> Bool:
+    def is_streamed(self) -> Bool:
         """Whether the panels are streamed."""
         return self.rows <= FEW_ROWS
 
-    def packed_bytes(self) -> Int:
-        """What its rows take when they are packed, 0 for few."""
-        return 0 if self.few() else Self.Left.bytes(self.rows, self.length)
+    @staticmethod
+    def packed_bytes(rows: Int, length: Int) -> Int:
+        """What rows of at most this length take when they are packed, 0 for few."""
+        return 0 if rows <= FEW_ROWS else Self.Left.bytes(rows, length)
 
     @always_inline
     def panels(self) -> Int:
@@ -126,20 +128,23 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
 
     def row_blocks(self, team: Int) -> Int:
         """Into how many blocks many rows are cut: they stay in cache, and there is work for all."""
-        var for_cache = ceildiv(self.rows, Self.Left.cached)
-        var for_team = ceildiv(UNITS * team, self.panels())
+        var for_cache = ceildiv(self.rows, Self.Left.rows_in_cache)
+        var for_team = ceildiv(CHUNKS_PER_WORKER * team, self.panels())
         return max(for_cache, min(for_team, ceildiv(self.rows, ROWS_STEP)))
 
     def chunks(self, team: Int) -> Int:
         """Into how many independent parts this layer is cut."""
-        if self.few():
+        if self.is_streamed():
             var at_once = max(1, STREAM_LINES // self.length)
             return min(self.panels(), max(4 * team, ceildiv(self.panels(), at_once)))
         return self.row_blocks(team) * self.panels()
 
-    def run(self, chunk: Int, chunks: Int, left: Self.Left):
-        """Computes one of `chunks` parts; few rows have been normalized, many packed."""
-        if self.few():
+    def run(self, chunk: Int, chunks: Int, left: Self.Left, right: Self.Right):
+        """Computes one of `chunks` parts; few rows have been normalized, many packed.
+
+        right : the worker's own, for many rows
+        """
+        if self.is_streamed():
             self.stream(self.panels() * chunk // chunks, self.panels() * (chunk + 1) // chunks)
             return
         # All panels of one block of rows follow each other: those rows are in the cache then.
@@ -148,6 +153,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         var all_tiles = ceildiv(self.rows, Self.Left.at_once)
         self.block(
             left,
+            right,
             0,
             all_tiles * block // blocks * Self.Left.at_once,
             min(all_tiles * (block + 1) // blocks * Self.Left.at_once, self.rows),
@@ -183,15 +189,20 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                 ).unsafe_store(vectors[i])
         self.finish(raw(sums), row, rows, panel * PANEL, True, True)
 
-    def block(self, left: Self.Left, shift: Int, first_row: Int, last_row: Int, panel: Int):
+    def block(
+        self,
+        left: Self.Left,
+        right: Self.Right,
+        shift: Int,
+        first_row: Int,
+        last_row: Int,
+        panel: Int,
+    ):
         """Many rows times one panel; row 0 of the output is row `shift` of the left operand.
 
         `first_row` and `last_row` are those of the output.
         """
         comptime at_once = Self.Left.at_once
-        comptime Right = Panel[Self.product, Self.width, Self.tiles]
-        var memory = unsafe_alloc[UInt8](Right.bytes, alignment=64)
-        var right = Right.at(memory)
         # The sums leave the registers through a small buffer, so that what follows the product
         # is compiled once and not once for each register.
         var sums = unsafe_stack_allocation[at_once * PANEL, Float32, alignment=64]()
@@ -202,7 +213,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         for block in range(blocks):
             var begin = left.begin(block)
             var length = left.begin(block + 1) - begin
-            right.take(self.weight.unsafe_offset((panel * self.length + begin) * PANEL), length)
+            right.load(self.weight.unsafe_offset((panel * self.length + begin) * PANEL), length)
             for row in range(first_row, last_row, at_once):
                 var rows = min(at_once, last_row - row)
                 self.fetch_output(row, rows, column)
@@ -210,7 +221,6 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                 self.finish(raw(sums), row, rows, column, block == 0, block == blocks - 1)
         comptime if Self.tiles:
             end_tiles()
-        memory.unsafe_free()
 
     @always_inline
     def fetch_output(self, row: Int, rows: Int, column: Int):
@@ -279,29 +289,37 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
 def project[
     type: DType, width: Int, product: DType, tiles: Bool, //
 ](
-    mut phases: Phases, team: Int, projection: Projection[type, width, product, tiles], memory: Bytes
+    mut phases: Phases,
+    team: Int,
+    projection: Projection[type, width, product, tiles],
+    memory: Bytes,
 ):
     """A linear layer in one phase, or for many rows in two; they are packed into `memory` first."""
     var chunks = projection.chunks(team)
     var rows = projection.rows
     var left = projection.Left.at(memory, rows, projection.length)
+    var panel = unsafe_alloc[UInt8](
+        0 if projection.is_streamed() else projection.Right.bytes, alignment=64
+    )
+    var right = projection.Right.at(raw(panel))
     # Every worker applies the norm to few rows itself: that takes less time than to wait for
     # another's. One that comes late may read what a later phase overwrites, but finds nothing left
     # to do with it.
-    var own = projection.few() and projection.norm.length > 0
+    var own = projection.is_streamed() and projection.norm.length > 0
     var normalized = unsafe_alloc[Float32](rows * projection.length if own else 0)
     var layer = projection.normalized(normalized) if own else projection
 
     @always_inline
     def pack(chunk: Int) {var projection, var left, var rows, imm}:
         for row in range(chunk * PACKED_ROWS, min((chunk + 1) * PACKED_ROWS, rows)):
-            left.take(row, projection.x.unsafe_offset(row * projection.length), projection.norm)
+            left.pack(row, projection.x.unsafe_offset(row * projection.length), projection.norm)
 
     @always_inline
-    def part(chunk: Int) {var layer, var chunks, var left, imm}:
-        layer.run(chunk, chunks, left)
+    def part(chunk: Int) {var layer, var chunks, var left, var right, imm}:
+        layer.run(chunk, chunks, left, right)
 
-    if not projection.few():
+    if not projection.is_streamed():
         phases.run(ceildiv(rows, PACKED_ROWS), pack)
     phases.run(chunks, part)
+    panel.unsafe_free()
     normalized.unsafe_free()

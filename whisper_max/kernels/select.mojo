@@ -65,7 +65,12 @@ struct Row[width: Int](ImplicitlyCopyable):
         return result
 
     def rank(
-        self, begin: Int, end: Int, count: Int, scores: Floats, tokens: Pointer[Int32, MutUntrackedOrigin]
+        self,
+        begin: Int,
+        end: Int,
+        count: Int,
+        scores: Floats,
+        tokens: Pointer[Int32, MutUntrackedOrigin],
     ):
         """Merges the tokens between two into the `count` highest, highest first."""
         var i = begin

@@ -64,7 +64,9 @@ struct Linear:
         )
         var team = team_size(threads)
         var phases = Phases(PROJECT_PHASES)
-        var packed = unsafe_alloc[UInt8](projection.packed_bytes(), alignment=64)
+        var packed = unsafe_alloc[UInt8](
+            projection.packed_bytes(projection.rows, length), alignment=64
+        )
         var memory = raw(packed)
 
         def worker(index: Int) {var phases, var team, var projection, var memory, imm}:
