@@ -10,8 +10,11 @@ import torch
 from whisper import decoding
 from whisper.model import MultiHeadAttention
 
+from isolation import pytorch_threads
 from recordings import assert_same_result, samples
 from strategies import numbers, small, token_rows
+from whisper_max.runtime import limits
+from whisper_max.runtime.engine import Engine
 
 THREADS = 4
 
@@ -56,6 +59,25 @@ def test_transcriptions(checkpoint, strict):
     expected = [call() for call in calls]
     for found, alone in zip(at_once(calls), expected):
         assert_same_result(found, alone)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_max_uses_no_more_threads_than_pytorch(checkpoint, strict, monkeypatch, count):
+    """Whoever runs a worker for each CPU limits PyTorch in each, and does not know of MAX."""
+    teams = set()
+    execute = Engine.execute
+
+    def note(engine, graph, *operands):
+        assert any(operand is engine.threads for operand in operands)
+        teams.add(engine.threads.to_numpy().item())
+        return execute(engine, graph, *operands)
+
+    expected = transcribe(checkpoint, "en01", word_timestamps=True)
+    monkeypatch.setattr(Engine, "execute", note)
+    with pytorch_threads(count):
+        assert_same_result(transcribe(checkpoint, "es01"), transcribe(checkpoint, "es01"))
+        assert_same_result(transcribe(checkpoint, "en01", word_timestamps=True), expected)
+    assert teams == {count if limits.threads() > 1 else 1}
 
 
 def test_word_timestamps_leave_other_threads_on_max(checkpoint, strict):

@@ -82,8 +82,12 @@ def two_threads():
 def test_pytorch_keeps_to_this_thread_for_a_while():
     with pytest.raises(RuntimeError), on_one_thread.only_this_thread():
         assert torch.get_num_threads() == 1
+        assert on_one_thread.pytorch_threads() == 2
+        with on_one_thread.only_this_thread():
+            pass
+        assert on_one_thread.pytorch_threads() == 2
         raise RuntimeError
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == on_one_thread.pytorch_threads() == 2
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -17,6 +17,20 @@ import torch
 from torch import Tensor
 
 
+class _Before(threading.local):
+    """How many threads PyTorch had in this one before `only_this_thread`; 0 outside of it."""
+
+    count = 0
+
+
+_before = _Before()
+
+
+def pytorch_threads() -> int:
+    """How many threads PyTorch computes with, as the user has set it, or PyTorch by itself."""
+    return _before.count or torch.get_num_threads()
+
+
 @contextmanager
 def only_this_thread() -> Iterator[None]:
     """PyTorch computes on the calling thread alone meanwhile; other threads' calls as ever.
@@ -32,9 +46,11 @@ def only_this_thread() -> Iterator[None]:
     # Intel's MKL, of which some functions are, has a number of its own; 0 stands for OpenMP's.
     mkl = getattr(_pytorch, "MKL_Set_Num_Threads_Local", lambda count: 0)
     mkl_before = mkl(1)
+    _before.count = before
     try:
         yield
     finally:
+        _before.count = 0
         mkl(mkl_before)
         if torch.get_num_threads() == 1:  # nobody has set another number meanwhile
             _pytorch.omp_set_num_threads(before)

@@ -12,7 +12,7 @@ from max.driver import CPU, Buffer
 from max.engine import CompiledModel, InferenceSession
 from torch import Tensor
 
-from .. import report
+from .. import on_one_thread, report
 from ..conditions import UnsupportedByMax
 from ..graphs.specification import HEAD_DIM, MASKED, PANEL
 from . import limits, memory
@@ -28,9 +28,22 @@ class Engine:
         with without_signal_handler():
             session = InferenceSession(devices=[CPU()])
         self.graphs = session.init_all(compiled, weights_registry={})
-        self.threads = int32([limits.threads()])
+        self._most_threads = limits.threads()
+        self._threads: dict[int, Buffer] = {}
         self.no_residuals = Buffer.from_numpy(np.zeros((0, 0, 0), np.float32))
         self._has_run = False
+
+    @property
+    def threads(self) -> Buffer:
+        """How many threads a graph may use now, shape = (1,), int32: never more than PyTorch may.
+
+        So whoever runs a worker for each CPU, with `torch.set_num_threads(1)` in each, goes on to.
+        """
+        count = min(self._most_threads, on_one_thread.pytorch_threads())
+        buffer = self._threads.get(count)
+        if buffer is None:
+            buffer = self._threads[count] = int32([count])
+        return buffer
 
     def execute(self, graph: str, *operands: Buffer) -> list[Buffer]:
         """Runs one graph. Raises UnsupportedByMax where MAX fails: PyTorch can take over."""
@@ -42,7 +55,7 @@ class Engine:
             self._has_run = True
             return results
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise report.failed(graph, error) from error
+            raise report.as_unsupported(graph, error) from error
 
     def pack(self, packed: Tensor, scales: Tensor, matrices: Sequence[Sequence[Tensor]]) -> bool:
         """Writes each layer's matrices, one below the other, into packed weights.
