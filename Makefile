@@ -37,7 +37,7 @@ matrix: $(VENV)/.installed-dev
 	$(RUN) -m compat.matrix $(MATRIX_FLAGS)
 
 gpu-compile: $(VENV)/.installed-bench
-	$(RUN) -m benchmarks gpu-compile
+	$(RUN) -m benchmarks gpu-compile $(BENCH_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m flake8

@@ -74,12 +74,12 @@ def rehearsal() -> Iterator[None]:
     """Models on the CPU run on the graphs and the session for GPUs, compiled for the CPU."""
     from max.driver import CPU
 
-    from whisper_max.runtime import paths
-    from whisper_max.runtime.gpu.places import Place
+    from whisper_max.runtime import by_device
+    from whisper_max.runtime.gpu.devices import MaxDevice
 
-    place = Place(torch.device("cpu"), CPU(), "cpu")
+    rehearsing = MaxDevice(torch.device("cpu"), CPU(), "cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "_place_of", lambda device: place)
+        patch.setattr(by_device, "_gpu_of", lambda device: rehearsing)
         yield
 
 

@@ -15,7 +15,7 @@ from harness import exact
 from recordings import samples
 from whisper_max import demo, settings
 from whisper_max.runtime import loading, model_state
-from whisper_max.runtime.gpu import places
+from whisper_max.runtime.gpu import devices
 from whisper_max.runtime.gpu.engine import Workspace
 from whisper_max.runtime.gpu.state import GpuState, audio_sizes
 
@@ -85,10 +85,10 @@ def test_max_comes_after_pytorchs_current_stream_and_pytorch_after_max(on_gpu):
     """
     model, mel = load(), mel_of("en01")
     expected = model.encoder(mel)
-    place = places.cuda_place(mel.device)
+    max_device = devices.cuda_device(mel.device)
     state = model_state.state_of(model.encoder, "encoder", GpuState)
     sizes = audio_sizes(model.encoder)
-    ready = state.ready(model.encoder, settings.active(), place, sizes, mel.dtype)
+    ready = state.ready(model.encoder, settings.active(), max_device, sizes, mel.dtype)
     late = torch.zeros_like(mel)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -116,7 +116,7 @@ def test_a_replayed_step_is_the_step(on_gpu):
         replayed.clear()
         for engine in loading._engines.values():
             engine.workspaces.clear()
-        patch.setattr(places.CudaPlace, "captures", False)
+        patch.setattr(devices.CudaDevice, "captures", False)
         assert load().transcribe(samples("en02"), temperature=0)["text"] == expected
         assert replayed and not any(replayed)
 

@@ -9,6 +9,7 @@ from whisper_max import settings
 from whisper_max.runtime import hardware
 
 LEVEL = hardware.cpu_level(settings.active().cpu_level)
+NONE = pytest.param("none", marks=pytest.mark.skip(reason="this CPU has no lower level"))
 LOWER = settings.CPU_LEVELS[: settings.CPU_LEVELS.index(LEVEL)]
 TESTS = [
     "test_kernels.py",
@@ -21,6 +22,6 @@ TESTS = [
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("level", LOWER or [pytest.param("none", marks=pytest.mark.skip)])
+@pytest.mark.parametrize("level", LOWER or [NONE])
 def test_parity_at_a_lower_level(level):
     run_tests(*TESTS, WHISPER_MAX_CPU=level)

@@ -432,8 +432,10 @@ def test_word_timestamps_call_the_hooks_of_the_encoder_once(plain, model, mel):
 @pytest.mark.skipif(not hasattr(MultiHeadAttention, "use_sdpa"), reason="before SDPA")
 def test_without_sdpa_nobody_has_to_listen(checkpoint, mel, strict):
     """The switch is for hooks; where there are none, it changes nothing."""
+    options = DecodingOptions(fp16=False, language="en")
+    expected = whisper.decode(checkpoint, mel, options)
     with whisper.model.disable_sdpa():
-        whisper.decode(checkpoint, mel, DecodingOptions(fp16=False, language="en"))
+        assert whisper.decode(checkpoint, mel, options).tokens == expected.tokens != []
 
 
 @pytest.mark.allow_fallback

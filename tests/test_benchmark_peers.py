@@ -171,4 +171,7 @@ def test_conversion_knows_every_parameter(tmp_path):
     from benchmarks import conversion
 
     conversion.to_transformers(Model(TRAINED, tmp_path), tmp_path / "converted")
-    transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "converted")
+    _, found = transformers.WhisperForConditionalGeneration.from_pretrained(
+        tmp_path / "converted", output_loading_info=True
+    )
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -16,8 +16,8 @@ from whisper_max.cli import bench, main
 from whisper_max.cli.sizes import readable
 from whisper_max.conditions import UnsupportedByMax
 from whisper_max.runtime import artifacts, compilation, hardware, storage
-from whisper_max.runtime.gpu import places
-from whisper_max.runtime.gpu.places import Place
+from whisper_max.runtime.gpu import devices
+from whisper_max.runtime.gpu.devices import MaxDevice
 
 from compile_tools import KEY, ensure
 
@@ -95,9 +95,9 @@ def test_a_model_of_a_gpu_needs_two_artifacts_of_its_own(compiled, monkeypatch, 
 
     def place(device):
         assert device == torch.device("cuda", 1)
-        return Place(device, CPU(), "cuda:sm_80")
+        return MaxDevice(device, CPU(), "cuda:sm_80")
 
-    monkeypatch.setattr(places, "cuda_place", place)
+    monkeypatch.setattr(devices, "cuda_device", place)
     assert main(["compile", "--device", "cuda", "tiny", "turbo"]) == 0
     parts = ["encoder-384x4", "decoder-384x4", "encoder-1280x32", "decoder-1280x4"]
     labels = [f"gpu-{part}-float16" for part in parts]

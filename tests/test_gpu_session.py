@@ -32,7 +32,7 @@ from whisper_max.runtime import tensors
 from whisper_max.runtime.artifact_key import ArtifactKey
 from whisper_max.runtime.compile_worker import compile_to_mef
 from whisper_max.runtime.gpu import engine as gpu_engine
-from whisper_max.runtime.gpu import places
+from whisper_max.runtime.gpu import devices
 from whisper_max.runtime.gpu.engine import (
     MOST_BEAMS,
     RANKED,
@@ -41,7 +41,7 @@ from whisper_max.runtime.gpu.engine import (
     WorkspacePool,
     Weights,
 )
-from whisper_max.runtime.gpu.places import CudaPlace, Place
+from whisper_max.runtime.gpu.devices import CudaDevice, MaxDevice
 from whisper_max.runtime.gpu.session import GpuSelection, GpuSession
 from whisper_max.runtime.gpu.state import GpuReady
 from whisper_max.runtime.tensors import to_buffer
@@ -95,7 +95,7 @@ class Step:
         return [call[0] for call in self.calls]
 
 
-class Capturing(Place):
+class Capturing(MaxDevice):
     """A place that captures, on the CPU."""
 
     captures = True
@@ -104,7 +104,7 @@ class Capturing(Place):
 @pytest.fixture
 def engine() -> GpuEngine:
     made = GpuEngine.__new__(GpuEngine)
-    made.place = Capturing(torch.device("cpu"), CPU(), "cpu")
+    made.max_device = Capturing(torch.device("cpu"), CPU(), "cpu")
     made.graphs = {name: Step() for name in ("decoder_step", "decoder_greedy_step", "cross_kv")}
     made.workspaces = WorkspacePool()
     return made
@@ -183,7 +183,7 @@ def test_without_capture_a_step_is_executed(engine, workspace, caplog):
 
 
 def test_where_nothing_can_be_captured_nothing_is_tried(engine):
-    engine.place = Place(torch.device("cpu"), CPU(), "cpu")
+    engine.max_device = MaxDevice(torch.device("cpu"), CPU(), "cpu")
     step(Workspace(engine, SIZES, DType.float32, 1, 2), 0, [0, 1])
     assert engine.graphs["decoder_step"].names == ["execute"]
 
@@ -312,7 +312,7 @@ def session(workspace: Workspace) -> GpuSession:
 
 def test_greedy_decoding_ranks_one_token(engine):
     engine.graphs["decoder_greedy_step"].results = zeros(2, 1)
-    engine.place = Place(torch.device("cpu"), CPU(), "cpu")
+    engine.max_device = MaxDevice(torch.device("cpu"), CPU(), "cpu")
     decode = session(Workspace(engine, SIZES, DType.float32, 1, 2))
     for count, graph in ((1, "decoder_greedy_step"), (2, "decoder_step")):
         selection = decode.selection((), SIZES.n_vocab, count)
@@ -323,7 +323,7 @@ def test_greedy_decoding_ranks_one_token(engine):
 
 def test_beams_that_change_places_are_few_and_of_one_window(engine):
     """The kernel has room for so many, and looks into one window."""
-    engine.place = Place(torch.device("cpu"), CPU(), "cpu")
+    engine.max_device = MaxDevice(torch.device("cpu"), CPU(), "cpu")
     crowd = list(range(MOST_BEAMS + 1))
     for (windows, beams), parents, reason in [
         ((2, 2), [1, 0, 3, 2], None),
@@ -419,17 +419,17 @@ def cuda(monkeypatch):
         default_queue=SimpleNamespace(native_stream_handle=77),
         synchronize=lambda: Stream.log.append(("host", "waits for", "MAX")),
     )
-    monkeypatch.setattr(places, "Accelerator", lambda id: device)
+    monkeypatch.setattr(devices, "Accelerator", lambda id: device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("PyTorch"))
     monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
     return device
 
 
 def test_max_waits_for_pytorch_and_pytorch_for_max(cuda):
-    place = CudaPlace(torch.device("cuda", 1))
-    assert place.architecture == "cuda:sm_90a"
+    max_device = CudaDevice(torch.device("cuda", 1))
+    assert max_device.architecture == "cuda:sm_90a"
     with pytest.raises(RuntimeError, match="inside"):
-        with place.in_order():
+        with max_device.in_order():
             assert Stream.log == [(77, "waits for", "PyTorch")]
             raise RuntimeError("inside")
     assert Stream.log[1:] == [("PyTorch", "waits for", 77)]
@@ -437,7 +437,7 @@ def test_max_waits_for_pytorch_and_pytorch_for_max(cuda):
 
 def test_without_a_stream_of_its_own_to_wait_on_the_host_waits(cuda):
     cuda.default_queue.native_stream_handle = 0
-    with CudaPlace(torch.device("cuda", 0)).in_order():
+    with CudaDevice(torch.device("cuda", 0)).in_order():
         assert Stream.log == [("host", "waits for", "PyTorch")]
     assert Stream.log[1:] == [("host", "waits for", "MAX")]
 
@@ -446,18 +446,18 @@ def test_without_a_stream_of_its_own_to_wait_on_the_host_waits(cuda):
 def test_a_gpu_that_the_kernels_are_not_for_is_pytorchs(cuda, architecture):
     cuda.architecture_name = architecture
     with pytest.raises(UnsupportedByMax, match=f"sm_80 and later; this GPU is {architecture}"):
-        CudaPlace(torch.device("cuda", 0))
+        CudaDevice(torch.device("cuda", 0))
     cuda.architecture_name = "sm_120a"
-    CudaPlace(torch.device("cuda", 0))
+    CudaDevice(torch.device("cuda", 0))
 
 
 def test_a_gpu_that_max_does_not_see_is_pytorchs(monkeypatch):
     def none(id):
         raise ValueError("failed to create device: no CUDA driver")
 
-    monkeypatch.setattr(places, "Accelerator", none)
+    monkeypatch.setattr(devices, "Accelerator", none)
     with pytest.raises(UnsupportedByMax, match="MAX cannot use cuda:3: .*no CUDA driver"):
-        CudaPlace(torch.device("cuda", 3))
+        CudaDevice(torch.device("cuda", 3))
 
 
 @pytest.mark.parametrize(

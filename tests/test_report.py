@@ -59,10 +59,10 @@ def raised_in(module: str, text: str) -> ValueError:
 
 
 def test_a_failure_of_max_is_a_reason_and_a_warning_once(caplog):
-    reason = report.failed("encoder", raised_in("max.engine.api", "a shape"))
+    reason = report.as_unsupported("encoder", raised_in("max.engine.api", "a shape"))
     assert reason.reasons == ("MAX failed in encoder: a shape",)
-    report.failed("encoder", raised_in("max.engine.api", "a shape"))
-    report.failed("encoder", raised_in("whisper_max.runtime.engine", "another"))
+    report.as_unsupported("encoder", raised_in("max.engine.api", "a shape"))
+    report.as_unsupported("encoder", raised_in("whisper_max.runtime.engine", "another"))
     assert [record.getMessage() for record in caplog.records] == [
         "MAX failed in encoder: a shape; PyTorch takes over",
         "MAX failed in encoder: another; PyTorch takes over",
@@ -74,7 +74,7 @@ def test_a_failure_of_max_is_a_reason_and_a_warning_once(caplog):
 def test_what_a_signal_handler_raises_is_no_failure_of_max(module, caplog):
     error = raised_in(module, "time is over")
     with pytest.raises(ValueError, match="time is over"):
-        report.failed("encoder", error)
+        report.as_unsupported("encoder", error)
     assert not caplog.records
 
 

@@ -113,14 +113,14 @@ class _StandIn:
         decoder = self.model.decoder
         # Before the encoder runs, which PyTorch would run again.
         refuse(call_reasons(decoder, tokens) or tensor_reasons("mel", mel, device_of(decoder)))
-        refuse(listeners.places_of(decoder).reasons())
+        refuse(listeners.hook_points_of(decoder).reasons())
         shape = tuple(self.alignment_heads.shape)
         if shape != (len(decoder.blocks), decoder.blocks[0].attn.n_head):
             refuse([f"alignment_heads have the shape {shape}"])
-        first_use.paths().ready_to_decode(decoder, mel, settings.active())
+        first_use.runtime().ready_to_decode(decoder, mel, settings.active())
         features = self.model.encoder(mel)
         refuse(audio_reasons(decoder, tokens, features))
-        session = first_use.paths().open_session(decoder, features, 1, settings.active())
+        session = first_use.runtime().open_session(decoder, features, 1, settings.active())
         heads = self.alignment_heads.indices().T.tolist()
         logits, scores = session.align(tokens, heads)
         shape = (1, decoder.blocks[0].cross_attn.n_head, *scores.shape[1:])

@@ -35,7 +35,7 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
         """
         if torch.compiler.is_compiling():  # none of our bookkeeping goes into a compiled graph
             return super().forward(x)
-        hooks = listeners.Pass()
+        hooks = listeners.HookCalls()
 
         def on_torch() -> Tensor:
             self._note_pytorch(encoder_changes)
@@ -50,11 +50,11 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
             tensors_differ,
         )
 
-    def _on_max(self, mel: Tensor, hooks: listeners.Pass) -> Tensor:
+    def _on_max(self, mel: Tensor, hooks: listeners.HookCalls) -> Tensor:
         active = settings.active()
         device = device_of(self)
         refuse(context_reasons(self) or device_reasons(device, active.device))
         refuse([*tensor_reasons("mel", mel, device), *encoder_changes(self)])
         refuse(mel_reasons(mel, self.conv1.weight.shape[1], 2 * len(self.positional_embedding)))
-        hooks.encoder(listeners.places_of(self), mel)
-        return first_use.paths().encode(self, mel, active)
+        hooks.encoder(listeners.hook_points_of(self), mel)
+        return first_use.runtime().encode(self, mel, active)

@@ -7,6 +7,7 @@ keeps the token lists.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,7 @@ from .on_one_thread import only_this_thread
 from .selection import Rules, foreign_filters, in_stock_order
 
 if TYPE_CHECKING:
-    from .runtime.paths import Session
+    from .runtime.by_device import Session
 
 Decoded = tuple[Tensor, Tensor, list[float]]
 
@@ -43,22 +44,22 @@ def max_main_loop(self: DecodingTask, audio_features: Tensor, tokens: Tensor) ->
     float32; and the probability of silence of each row. Raises UnsupportedByMax in mode "strict"
     where MAX cannot run the decode.
     """
-    before = _Before(self)
+    rollback = _Rollback(self)
 
     def on_torch() -> Decoded:
-        before.restore()
+        rollback.roll_back()
         return upstream_main_loop(self, audio_features, tokens)
 
     return run(
         "decoding_loop",
         activation.why_off("decoding_loop"),
-        lambda: _on_max(self, before, audio_features, tokens),
+        lambda: _on_max(self, rollback, audio_features, tokens),
         on_torch,
         _differ,
     )
 
 
-class _Before:
+class _Rollback:
     """What MAX changes beyond its own state, as it was: PyTorch may have to start over.
 
     MAX may fail in the middle, or be compared. Where it has not begun nothing is put back: the
@@ -71,14 +72,14 @@ class _Before:
         self._generator: Tensor | None = None
         self._device = torch.device("cpu")
 
-    def keep(self, device: torch.device) -> None:
+    def begin(self, device: torch.device) -> None:
         """Now MAX begins to choose tokens, drawing them from this device's generator if at all."""
         self._begun = True
         if isinstance(self._task.decoder, GreedyDecoder) and self._task.decoder.temperature != 0:
             self._device = device
             self._generator = _generator(device).get_state()
 
-    def restore(self) -> None:
+    def roll_back(self) -> None:
         """Puts back what MAX has changed, if it has."""
         if self._begun:
             self._task.decoder.reset()
@@ -94,13 +95,13 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def _on_max(
-    task: DecodingTask, before: _Before, audio_features: Tensor, tokens: Tensor
+    task: DecodingTask, rollback: _Rollback, audio_features: Tensor, tokens: Tensor
 ) -> Decoded:
     refuse(_reasons(task))
     task.inference.start(tokens, audio_features, refuse_hooks=True)
     try:
         with out_of_memory_is_unsupported(), only_this_thread():
-            return _decode(task, before, task.inference.session, audio_features, tokens)
+            return _decode(task, rollback, task.inference.session, audio_features, tokens)
     except UnsupportedByMax as failed:
         task.inference.leave_to_pytorch(failed.reasons)
         raise
@@ -111,7 +112,7 @@ def _on_max(
 
 def _decode(
     task: DecodingTask,
-    before: _Before,
+    rollback: _Rollback,
     session: Session,
     audio_features: Tensor,
     tokens: Tensor,
@@ -123,7 +124,7 @@ def _decode(
     if task.tokenizer.no_speech is not None:
         probs_at_sot = logits[:, 0].softmax(dim=-1)
         no_speech_probs = probs_at_sot[:, task.tokenizer.no_speech].tolist()
-    before.keep(tokens.device)
+    rollback.begin(tokens.device)
     tokens, completed = _upstream_step(task, logits[:, 1].clone(), tokens, sum_logprobs)
     if completed or tokens.shape[1] > task.n_ctx or task.sample_len == 1:
         return tokens, sum_logprobs, no_speech_probs
@@ -194,19 +195,7 @@ def _beam_search(
         kept: list[tuple[int, ...]] = []
         parents: list[int] = []
         for finished, begin in zip(decoder.finished_sequences, range(0, len(rows), size)):
-            ranked = sorted(
-                (
-                    (total, parent, token)
-                    for parent in range(begin, begin + size)
-                    for total, token in zip(totals[parent].tolist(), candidates[parent])
-                ),
-                key=lambda candidate: candidate[0],
-                reverse=True,
-            )
-            saved = 0
-            for total, parent, token in ranked:
-                if total == -np.inf:  # which of the impossible tokens topk names is not defined
-                    refuse(["fewer tokens may follow than there are beams"])
+            for total, parent, token in _ranked(totals, candidates, range(begin, begin + size)):
                 if token == eot:
                     if len(finished) < decoder.max_candidates:
                         finished[(*rows[parent], token)] = total
@@ -214,8 +203,7 @@ def _beam_search(
                 sums[len(kept)] = total
                 kept.append((*rows[parent], token))
                 parents.append(parent)
-                saved += 1
-                if saved == size:
+                if len(kept) == begin + size:
                     break
         rows = kept
         session.reorder(parents)
@@ -223,6 +211,28 @@ def _beam_search(
         if full or len(rows[0]) > task.n_ctx:
             break
     return torch.tensor(rows, device=tokens.device)
+
+
+def _ranked(
+    totals: np.ndarray, candidates: list[list[int]], rows: range
+) -> Iterator[tuple[float, int, int]]:
+    """Log probability, row and next token of what a window's rows could go on with, best first.
+
+    Raises UnsupportedByMax at one that is impossible: which of those topk names is not defined.
+    """
+    ranked = sorted(
+        (
+            (total, row, token)
+            for row in rows
+            for total, token in zip(totals[row].tolist(), candidates[row])
+        ),
+        key=lambda candidate: candidate[0],
+        reverse=True,
+    )
+    for candidate in ranked:
+        if candidate[0] == -np.inf:
+            refuse(["fewer tokens may follow than there are beams"])
+        yield candidate
 
 
 def _refuse_not_a_number(logprobs: np.ndarray) -> None:

@@ -7,16 +7,16 @@ import threading
 from types import ModuleType
 
 
-def paths() -> ModuleType:
-    """`runtime.paths`.
+def runtime() -> ModuleType:
+    """`runtime.by_device`.
 
     A fork waits for the import: in the child, the thread that imports would not be there to end it,
     and others would wait for it for ever.
     """
     with _importing:
-        from .runtime import paths
+        from .runtime import by_device
 
-    return paths
+    return by_device
 
 
 def _renew_lock() -> None:

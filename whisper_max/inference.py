@@ -20,7 +20,7 @@ from .text_decoder import decoder_reasons
 if TYPE_CHECKING:
     from whisper.model import Whisper
 
-    from .runtime.paths import Session
+    from .runtime.by_device import Session
 
 UpstreamInference: type[PyTorchInference] = originals.get(
     "whisper.decoding.PyTorchInference", PyTorchInference
@@ -41,7 +41,7 @@ class MaxInference(UpstreamInference):
         self._decoded: Tensor | None = None
         super().__init__(model, initial_token_length)
         live_models.adopt(model)
-        self._listening: listeners.Places | None = None
+        self._listening: listeners.HookPoints | None = None
 
     @property
     def kv_cache(self) -> dict:
@@ -79,7 +79,7 @@ class MaxInference(UpstreamInference):
                 "inference", lambda: step(tokens, audio_features), self._torch_reasons
             )
         begin = time.perf_counter()
-        hooks = listeners.Pass()
+        hooks = listeners.HookCalls()
         on_one_thread.hold()
         try:
             with out_of_memory_is_unsupported():
@@ -123,11 +123,11 @@ class MaxInference(UpstreamInference):
         refuse_hooks : whether hooks that listen inside the decoder are such a reason
         """
         refuse(inference_reasons(self, tokens, audio_features))
-        self._listening = listeners.places_of(self.model.decoder)
+        self._listening = listeners.hook_points_of(self.model.decoder)
         if refuse_hooks:
             refuse(self._listening.reasons())
         with out_of_memory_is_unsupported():
-            self.session = first_use.paths().open_session(
+            self.session = first_use.runtime().open_session(
                 self.model.decoder, audio_features, len(tokens), settings.active()
             )
         self._features = audio_features
@@ -154,7 +154,7 @@ class MaxInference(UpstreamInference):
                 raise
             self.leave_to_pytorch(unsupported.reasons)
 
-    def _step(self, tokens: Tensor, features: Tensor, hooks: listeners.Pass) -> Tensor:
+    def _step(self, tokens: Tensor, features: Tensor, hooks: listeners.HookCalls) -> Tensor:
         session, decoded = self.session, self._decoded
         if len(tokens) != session.rows:
             refuse([f"the decode began with {session.rows} rows and goes on with {len(tokens)}"])
@@ -171,7 +171,7 @@ class MaxInference(UpstreamInference):
         self._decoded = new if decoded is None else torch.cat([decoded, new], dim=1)
         return logits
 
-    def _resume(self, tokens: Tensor, audio_features: Tensor, hooks: listeners.Pass) -> Tensor:
+    def _resume(self, tokens: Tensor, audio_features: Tensor, hooks: listeners.HookCalls) -> Tensor:
         """PyTorch takes over in the middle: what MAX has decoded goes into its caches first."""
         if self._decoded is not None:
             self._fill_caches()

@@ -24,7 +24,7 @@ from .changed_parts import only_listens
 from .dispatch import refuse
 
 if TYPE_CHECKING:
-    from .runtime.paths import Session
+    from .runtime.by_device import Session
 
 Output = Union[Tensor, tuple[Tensor, Optional[Tensor]]]
 
@@ -40,7 +40,7 @@ class Attention(NamedTuple):
     norm: nn.Module
 
 
-class Places(NamedTuple):
+class HookPoints(NamedTuple):
     """Where in an encoder or decoder hooks may listen.
 
     parts : by name
@@ -61,19 +61,20 @@ class Places(NamedTuple):
             yield
 
 
-def places_of(module: nn.Module) -> Places:
+def hook_points_of(module: nn.Module) -> HookPoints:
     """Those of an encoder or decoder that is as upstream made it."""
     if "conv1" in module._modules:
-        return Places({"conv1": module.conv1})
+        return HookPoints({"conv1": module.conv1})
     attention = tuple(
         Attention(f"blocks.{i}.cross_attn", block.cross_attn, block.cross_attn_ln)
         for i, block in enumerate(module.blocks)
     )
     parts = {name: part for name, part, _ in attention}
-    return Places({"token_embedding": module.token_embedding, **parts, "ln": module.ln}, attention)
+    parts = {"token_embedding": module.token_embedding, **parts, "ln": module.ln}
+    return HookPoints(parts, attention)
 
 
-class Pass:
+class HookCalls:
     """The hooks of one forward pass: each called once, whether MAX or PyTorch gets to the end."""
 
     def __init__(self) -> None:
@@ -85,17 +86,17 @@ class Pass:
         with _hooks_instead(self._called):
             yield
 
-    def encoder(self, places: Places, mel: Tensor) -> None:
+    def encoder(self, points: HookPoints, mel: Tensor) -> None:
         """Calls the hooks of an encoder; mel, shape = (batch, n_mels, frames).
 
         Raises UnsupportedByMax where MAX cannot go on.
         """
-        if _somebody_listens(places, mel.device):
-            conv1 = places.parts["conv1"]
-            self._tell("conv1", conv1, (mel,), conv1.forward(mel))
+        if _somebody_listens(points, mel.device):
+            conv1 = points.parts["conv1"]
+            self._call_hooks("conv1", conv1, (mel,), conv1.forward(mel))
 
     def decoder(
-        self, places: Places, session: Session, tokens: Tensor, features: Tensor
+        self, points: HookPoints, session: Session, tokens: Tensor, features: Tensor
     ) -> Tensor:
         """Decodes tokens, shape = (rows, count), in an open session; calls a decoder's hooks.
 
@@ -105,27 +106,28 @@ class Pass:
         where MAX cannot go on.
         """
         rows, count = tokens.shape
-        if not _somebody_listens(places, tokens.device):
+        if not _somebody_listens(points, tokens.device):
             if session.length == 0:
                 return session.prefill(tokens, range(count))
             return session.step(tokens, range(rows * count)).view(rows, count, -1)
 
-        embedding, ln = places.parts["token_embedding"], places.parts["ln"]
+        embedding, ln = points.parts["token_embedding"], points.parts["ln"]
         if embedding._forward_hooks:
-            self._tell("token_embedding", embedding, (tokens,), embedding.forward(tokens))
-        scored = [i for i, place in enumerate(places.attention) if place.part._forward_hooks]
+            self._call_hooks("token_embedding", embedding, (tokens,), embedding.forward(tokens))
+        scored = [i for i, point in enumerate(points.attention) if point.part._forward_hooks]
         logits, seen = session.observed_step(
             tokens, range(rows * count), scored if _forms_scores() else []
         )
-        for i, (name, part, norm) in enumerate(places.attention):
+        for i, (name, part, norm) in enumerate(points.attention):
             if part._forward_hooks:
                 inputs = (norm.forward(seen.before[i]), features)
-                self._tell(name, part, inputs, (seen.after[i] - seen.before[i], seen.scores.get(i)))
+                output = seen.after[i] - seen.before[i], seen.scores.get(i)
+                self._call_hooks(name, part, inputs, output)
         if ln._forward_hooks:
-            self._tell("ln", ln, (seen.end,), ln.forward(seen.end))
+            self._call_hooks("ln", ln, (seen.end,), ln.forward(seen.end))
         return logits.view(rows, count, -1)
 
-    def _tell(
+    def _call_hooks(
         self, name: str, part: nn.Module, inputs: tuple[Tensor, ...], output: Output
     ) -> None:
         """Calls the hooks of one part, as `torch.nn.Module` does."""
@@ -151,18 +153,18 @@ def _versions(inputs: tuple[Tensor, ...], output: Output) -> list[int]:
     return [t._version for t in tensors if t is not None and not t.is_inference()]
 
 
-def _somebody_listens(places: Places, device: torch.device) -> bool:
+def _somebody_listens(points: HookPoints, device: torch.device) -> bool:
     """Whether there is a hook to be told. In mode "shadow", PyTorch tells them.
 
     Raises UnsupportedByMax where one cannot be called rightly: where it may do more than listen, on
     a GPU, whose graphs do not tell what they see, or where one module stands in two places.
     """
-    heard = [part for part in places.parts.values() if part._forward_hooks]
+    heard = [part for part in points.parts.values() if part._forward_hooks]
     if not heard or settings.active().mode == "shadow":
         return False
-    alike = len(set(places.parts.values())) < len(places.parts)
+    alike = len(set(points.parts.values())) < len(points.parts)
     if alike or device.type != "cpu" or not all(map(only_listens, heard)):
-        refuse(places.reasons())
+        refuse(points.reasons())
     return True
 
 

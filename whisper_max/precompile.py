@@ -125,11 +125,11 @@ def _gpu_keys(dims: Mapping[str, int], wanted: Settings) -> list[tuple[ArtifactK
     if not torch.cuda.is_available():
         refuse(["PyTorch finds no NVIDIA GPU"])
 
-    from .runtime.gpu.places import cuda_place
+    from .runtime.gpu.devices import cuda_device
     from .runtime.gpu.state import keys_of
 
-    place = cuda_place(torch.device("cuda", torch.cuda.current_device()))
-    keys = keys_of(dims, "float16", place.architecture, wanted.cpu_level)
+    max_device = cuda_device(torch.device("cuda", torch.cuda.current_device()))
+    keys = keys_of(dims, "float16", max_device.architecture, wanted.cpu_level)
     return [(key,) for key in keys.values()]
 
 

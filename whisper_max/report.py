@@ -174,7 +174,7 @@ def _count(counted: TargetStatus, reason: str) -> str:
     return reason
 
 
-def failed(what: str, error: Exception) -> UnsupportedByMax:
+def as_unsupported(what: str, error: Exception) -> UnsupportedByMax:
     """The reason that an error of MAX's own is, logged as a warning where it is new.
 
     Raises the error itself where it is not: a signal's handler may have raised it, as Python runs

@@ -125,7 +125,7 @@ def default_cache_dir(environ: Mapping[str, str]) -> Path:
 
 def _check(name: str, value: object, source: str) -> None:
     if value not in _ALLOWED[name]:
-        allowed = ", ".join(repr(word) for word in _ALLOWED[name])
+        allowed = ", ".join(repr(word) for word in _ALLOWED[name] if word is not None)
         raise ValueError(f"{name} is {value!r} (from {source}); it must be one of {allowed}")
 
 

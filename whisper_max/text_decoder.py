@@ -38,7 +38,7 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
         """
         if torch.compiler.is_compiling():  # none of our bookkeeping goes into a compiled graph
             return super().forward(x, xa, kv_cache)
-        hooks = listeners.Pass()
+        hooks = listeners.HookCalls()
 
         def on_torch() -> Tensor:
             if not kv_cache:  # a step of a decode follows others, at whose first this was done
@@ -55,13 +55,13 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
         )
 
     def _on_max(
-        self, tokens: Tensor, features: Tensor, kv_cache: dict | None, hooks: listeners.Pass
+        self, tokens: Tensor, features: Tensor, kv_cache: dict | None, hooks: listeners.HookCalls
     ) -> Tensor:
         if kv_cache is not None:
             refuse(["the call brings its own kv_cache"])
         refuse(decoder_reasons(self, tokens, features))
-        session = first_use.paths().open_session(self, features, len(tokens), settings.active())
-        return hooks.decoder(listeners.places_of(self), session, tokens, features)
+        session = first_use.runtime().open_session(self, features, len(tokens), settings.active())
+        return hooks.decoder(listeners.hook_points_of(self), session, tokens, features)
 
 
 def call_reasons(decoder: TextDecoder, tokens: Tensor) -> list[str]:

@@ -27,9 +27,9 @@ usage: whisper-max [-v | -vv] AUDIO [AUDIO ...] [options]
 Transcribe audio as the `whisper` command does, with the encoder and decoder on MAX.
 
 commands:
-  compile     prepare the compiled graphs ahead of the first run
+  compile     compile the graphs ahead of the first run
   cache       list, clear or locate the compiled graphs
-  doctor      check the installation, and name the command that mends it
+  doctor      check the installation, and print the command that fixes it
   demo        transcribe a bundled recording, with plain whisper and then patched
   bench       run the benchmarks of the source tree
 

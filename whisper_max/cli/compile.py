@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="whisper-max compile",
-        description="Prepare the compiled graphs, so that the first run needs not. One file serves "
+        description="Compile the graphs, so that the first run does not have to. One file serves "
         "all official models, except on a GPU, and nothing is downloaded.",
     )
     parser.add_argument(
@@ -43,8 +43,8 @@ def _parser() -> Parser:
         nargs="*",
         metavar="MODEL",
         help="official names, or checkpoints, of which those whose weights do not fit into "
-        "float16 need a file of their own; default: for the official models",
+        "float16 need a file of their own (default: what all official models use)",
     )
     add_options(parser, "precision")
-    parser.add_argument("--device", choices=DEVICES, help="default: cpu")
+    parser.add_argument("--device", choices=DEVICES, help="where the models will be (default: cpu)")
     return parser

@@ -20,7 +20,7 @@ def run(arguments: list[str]) -> int:
     """Print what was found; 1 when something is missing or wrong."""
     parser = Parser(
         prog="whisper-max doctor",
-        description="Check the installation, and name the command that mends what is missing.",
+        description="Check the installation, and print the command that fixes what is missing.",
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     add_options(parser, "precision")

@@ -116,7 +116,8 @@ def _of_the_gpu() -> Finding:
 
         if torch.cuda.is_available():
             name = torch.cuda.get_device_name()
-            return Finding("gpu", "note", f"{name}; models on it run on PyTorch, as ever")
+            text = f"{name}; models on it run on PyTorch, unless patch(device='cuda') is asked for"
+            return Finding("gpu", "note", text)
     return Finding("gpu", "ok", "none that PyTorch can use; none is needed")
 
 
@@ -147,13 +148,17 @@ def of_the_graphs(settings: Settings) -> Iterator[Finding]:
         return
     from ..graphs.build import vector_width
 
+    # The first that has not failed is the one that is used, or that would be compiled.
+    chosen = next((key for key, state in states.items() if state.name != "failed"), None)
     for key, state in states.items():
-        if state.name != "failed":
+        if key is chosen:
             break
         yield Finding("graphs", "problem", state.reason, "whisper-max compile")
+    if chosen is None:
+        return
+    key, state = chosen, states[chosen]
     if not state.ready:
-        if state.name != "failed":
-            yield Finding("graphs", "note", state.reason, "whisper-max compile")
+        yield Finding("graphs", "note", state.reason, "whisper-max compile")
         return
     tiles = " and matrix tiles" if key.cpu_level == "amx" else ""
     made_for = f"{key.label}: vectors of {vector_width(key.cpu_level)} numbers{tiles}"

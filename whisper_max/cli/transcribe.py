@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
         names = {
             "argparse": SimpleNamespace(
                 ArgumentParser=partial(UpstreamParser, arguments, partial(_begin, stack)),
-                ArgumentDefaultsHelpFormatter=argparse.ArgumentDefaultsHelpFormatter,
+                ArgumentDefaultsHelpFormatter=HelpFormatter,
             ),
             "transcribe": partial(_transcribe, upstream.transcribe),
             "traceback": SimpleNamespace(print_exc=partial(_note_failure, failed)),
@@ -68,6 +68,14 @@ def run(arguments: list[str]) -> int:
         except (OSError, HTTPException, RuntimeError) as error:  # in loading the model
             raise CommandError(first_line(error)) from error
     return FAILED if failed else 0
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults of upstream's options; ours do so themselves, and switches have none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = "default:" in (action.help or "") or action.nargs == 0
+        return action.help if told else super()._get_help_string(action)
 
 
 class UpstreamParser(Parser):

@@ -14,7 +14,7 @@ from .decoder_session import DecoderSession
 from .model_state import state_of
 
 if TYPE_CHECKING:
-    from .gpu.places import Place
+    from .gpu.devices import MaxDevice
     from .gpu.session import GpuSession
 
     Session = Union[DecoderSession, GpuSession]
@@ -27,15 +27,15 @@ def encode(encoder: nn.Module, mel: Tensor, settings: Settings) -> Tensor:
 
     Raises UnsupportedByMax while there is no engine, or where MAX fails.
     """
-    place = _place_of(mel.device)
-    if place is None:
+    max_device = _gpu_of(mel.device)
+    if max_device is None:
         state = state_of(encoder, "encoder")
         ready = state.ready(encoder, settings)
     else:
         from .gpu.state import GpuState, audio_sizes
 
         state = state_of(encoder, "encoder", GpuState)
-        ready = state.ready(encoder, settings, place, audio_sizes(encoder), mel.dtype)
+        ready = state.ready(encoder, settings, max_device, audio_sizes(encoder), mel.dtype)
     features = state.features.find(ready, mel)
     if features is None:
         features = ready.encode(mel)
@@ -51,14 +51,14 @@ def ready_to_decode(decoder: nn.Module, mel: Tensor, settings: Settings) -> None
 
     Raises UnsupportedByMax while there is no engine, or where the weights cannot be taken.
     """
-    place = _place_of(mel.device)
-    if place is None:
+    max_device = _gpu_of(mel.device)
+    if max_device is None:
         state_of(decoder, "decoder").ready(decoder, settings)
         return
     from .gpu.state import GpuState, text_sizes
 
     sizes = text_sizes(decoder, mel.shape[-1] // 2)
-    state_of(decoder, "decoder", GpuState).ready(decoder, settings, place, sizes, mel.dtype)
+    state_of(decoder, "decoder", GpuState).ready(decoder, settings, max_device, sizes, mel.dtype)
 
 
 def open_session(
@@ -71,18 +71,18 @@ def open_session(
 
     Raises UnsupportedByMax while there is no engine, or no memory.
     """
-    place = _place_of(features.device)
-    if place is None:
+    max_device = _gpu_of(features.device)
+    if max_device is None:
         return DecoderSession(decoder, features, rows, settings)
     from .gpu.session import GpuSession
 
-    return GpuSession(decoder, features, rows, settings, place)
+    return GpuSession(decoder, features, rows, settings, max_device)
 
 
-def _place_of(device: torch.device) -> Place | None:
+def _gpu_of(device: torch.device) -> MaxDevice | None:
     """None for the CPU, which has graphs of its own; `conditions` has settled what may run."""
     if device.type == "cpu":
         return None
-    from .gpu import places
+    from .gpu import devices
 
-    return places.cuda_place(device)
+    return devices.cuda_device(device)

@@ -13,7 +13,7 @@ from max.driver import Accelerator, Device
 from ...conditions import UnsupportedByMax
 
 
-class Place:
+class MaxDevice:
     """One device, as PyTorch and as MAX know it. This class is for one without a queue of work.
 
     torch_device, device : the same device, PyTorch's and MAX's
@@ -34,7 +34,7 @@ class Place:
         yield
 
 
-class CudaPlace(Place):
+class CudaDevice(MaxDevice):
     """An NVIDIA GPU. MAX puts its work into a stream of its own, PyTorch into its current one.
 
     Each waits for the other on the device, the host for neither. That also keeps memory apart: what
@@ -76,6 +76,6 @@ class CudaPlace(Place):
 
 
 @lru_cache(maxsize=None)
-def cuda_place(device: torch.device) -> CudaPlace:
-    """The place of a model on an NVIDIA GPU; `CudaPlace` has what is raised."""
-    return CudaPlace(device)
+def cuda_device(device: torch.device) -> CudaDevice:
+    """That of a model on an NVIDIA GPU; `CudaDevice` has what is raised."""
+    return CudaDevice(device)

@@ -23,7 +23,7 @@ from ...graphs.gpu.specification import TextSizes
 from ...graphs.specification import HEAD_DIM
 from ..load_max import without_signal_handler
 from ..tensors import to_buffer
-from .places import Place
+from .devices import MaxDevice
 
 logger = logging.getLogger("whisper_max")
 
@@ -42,10 +42,10 @@ _capture_keys = itertools.count()
 class GpuEngine:
     """Loaded graphs, without weights."""
 
-    def __init__(self, compiled: CompiledModel, place: Place) -> None:
-        self.place = place
+    def __init__(self, compiled: CompiledModel, max_device: MaxDevice) -> None:
+        self.max_device = max_device
         with without_signal_handler():
-            session = InferenceSession(devices=[place.device])
+            session = InferenceSession(devices=[max_device.device])
         self.graphs = session.init_all(compiled, weights_registry={})
         self.workspaces = WorkspacePool()
 
@@ -54,7 +54,7 @@ class GpuEngine:
 
         Raises as `failing` does.
         """
-        with self.failing(graph), self.place.in_order():
+        with self.failing(graph), self.max_device.in_order():
             return self.graphs[graph].execute(*operands)
 
     @contextmanager
@@ -67,7 +67,7 @@ class GpuEngine:
             yield
         except (RuntimeError, ValueError, MemoryError) as error:
             self.workspaces.clear()
-            raise report.failed(what, error) from error
+            raise report.as_unsupported(what, error) from error
 
 
 class Weights(dict[str, list[Buffer]]):
@@ -92,10 +92,10 @@ class Workspace:
         self._held: tuple[weakref.ref[Weights], Tensor] | None = None
         self._captured: _Captured | None = None
         self._capture_key = next(_capture_keys)
-        self._may_capture = engine.place.captures
-        device = engine.place.device
+        self._may_capture = engine.max_device.captures
+        device = engine.max_device.device
         heads, layers = sizes.n_text_head, sizes.n_text_layer
-        with engine.failing("making a decode's workspace"), engine.place.in_order():
+        with engine.failing("making a decode's workspace"), engine.max_device.in_order():
             self.cache = [
                 Buffer(dtype, (*self.shape, heads, sizes.n_text_ctx, HEAD_DIM), device)
                 for _ in range(2 * layers)
@@ -182,7 +182,7 @@ class Workspace:
         model = self._engine.graphs[graph]
         self._engine.execute(graph, *operands)[1].to_numpy()  # waits: see `_Operand`
         try:
-            with self._engine.place.in_order():
+            with self._engine.max_device.in_order():
                 results = model.capture(self._capture_key, *operands)
             self._captured = _Captured(graph, weakref.ref(weights), results)
         except (RuntimeError, ValueError) as error:
@@ -192,7 +192,7 @@ class Workspace:
     def _replay(self, graph: str, operands: list[Buffer]) -> list[Buffer]:
         if self._captured is None:
             return self._engine.execute(graph, *operands)
-        with self._engine.failing("a replayed step"), self._engine.place.in_order():
+        with self._engine.failing("a replayed step"), self._engine.max_device.in_order():
             self._engine.graphs[graph].replay(self._capture_key, *operands)
         return self._captured.results
 

@@ -17,14 +17,14 @@ from ..engine import suppression
 from ..model_state import state_of
 from ..tensors import to_buffer, to_torch
 from .engine import MOST_BEAMS, RANKED, Workspace, to_dtype
-from .places import Place
+from .devices import MaxDevice
 from .state import GpuReady, GpuState, text_sizes
 
 
 class GpuSession:
     """The state of one decode. It belongs to the call: sessions of one model do not meet.
 
-    decoder : a TextDecoder on the place's device
+    decoder : a TextDecoder whose parameters are on `max_device`
     features : shape = (windows, n_audio_ctx, n_state); the graphs compute in its dtype
     rows : sequences to decode, a multiple of the windows
 
@@ -32,11 +32,16 @@ class GpuSession:
     """
 
     def __init__(
-        self, decoder: nn.Module, features: Tensor, rows: int, settings: Settings, place: Place
+        self,
+        decoder: nn.Module,
+        features: Tensor,
+        rows: int,
+        settings: Settings,
+        max_device: MaxDevice,
     ) -> None:
         state = state_of(decoder, "decoder", GpuState)
         sizes = text_sizes(decoder, features.shape[1])
-        self._ready: GpuReady = state.ready(decoder, settings, place, sizes, features.dtype)
+        self._ready: GpuReady = state.ready(decoder, settings, max_device, sizes, features.dtype)
         features = distinct(features)
         self.windows, self.rows = len(features), rows
         self.length = 0
@@ -159,7 +164,7 @@ class GpuSession:
     def _int32(self, values: Tensor | Iterable[int]) -> Buffer:
         if not isinstance(values, Tensor):
             values = torch.from_numpy(np.array(values))
-        return to_buffer(values.to(self._ready.engine.place.torch_device, torch.int32))
+        return to_buffer(values.to(self._ready.engine.max_device.torch_device, torch.int32))
 
 
 class GpuSelection:

@@ -26,7 +26,7 @@ from ..artifact_key import ArtifactKey
 from ..model_state import Memo, Watch, tensors_of
 from ..tensors import to_buffer, to_torch
 from .engine import RANKED, GpuEngine, Weights, to_dtype
-from .places import Place
+from .devices import MaxDevice
 
 BUILDER = "whisper_max.graphs.gpu.build:build"
 
@@ -60,7 +60,7 @@ class GpuState:
         self,
         module: nn.Module,
         settings: Settings,
-        place: Place,
+        max_device: MaxDevice,
         sizes: AudioSizes | TextSizes,
         dtype: torch.dtype,
     ) -> GpuReady:
@@ -72,15 +72,15 @@ class GpuState:
         with self._guard:
             tensors = tensors_of(module)
             if not self.watch.unchanged(tensors):
-                self._look_at(tensors, place)
+                self._look_at(tensors, max_device)
             refuse(self._reasons)
             name, level = to_dtype(dtype).name, settings.cpu_level
             engine = loading.loaded(
-                (key_of(self.kind, sizes, name, place.architecture, level),),
+                (key_of(self.kind, sizes, name, max_device.architecture, level),),
                 settings,
-                str(place.torch_device),
-                lambda compiled: GpuEngine(compiled, place),
-                lambda key: f"{place.torch_device} ({key.device})",
+                str(max_device.torch_device),
+                lambda compiled: GpuEngine(compiled, max_device),
+                lambda key: f"{max_device.torch_device} ({key.device})",
             )
             found = self._ready.get((sizes, dtype))
             if found is None or found.engine is not engine:
@@ -89,11 +89,11 @@ class GpuState:
                 self._ready[sizes, dtype] = found
             return found
 
-    def _look_at(self, tensors: Mapping[str, Tensor], place: Place) -> None:
+    def _look_at(self, tensors: Mapping[str, Tensor], max_device: MaxDevice) -> None:
         self._ready, self._reasons = {}, []
         self.features.drop()
         self.watch.forget()
-        refuse(parameter_reasons(tensors.values(), place.torch_device))
+        refuse(parameter_reasons(tensors.values(), max_device.torch_device))
         self._reasons = value_reasons(tensors)
         self.watch.note(tensors)
 
