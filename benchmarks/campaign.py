@@ -19,12 +19,13 @@ from .accuracy import measure_accuracy
 from .first_run import measure_first_run
 from .fresh_starts import first_window, measure_starts
 from .models import TRAINED, Model
+from .overhead import measure_overhead
 from .party import Party
 from .peers import BASELINE, PEERS, Entry
 from .places import ROOT
 from .preparation import prepare
 from .results import Measurement, Results
-from .scenarios import SCENARIO, SCENARIOS, Scenario, shortened
+from .scenarios import FURTHER, SCENARIO, SCENARIOS, Scenario, shortened
 from .worker_process import PeerFailed, environment
 
 # What shows how peers scale with threads, and which peers do.
@@ -33,6 +34,7 @@ SCALING_PEERS = (BASELINE, "whisper_max-high", "faster-whisper-fp32")
 SCALING_ROUNDS = 5
 
 START_ROUNDS = 5
+OVERHEAD_ROUNDS = 10
 FIRST_RUN_TRANSCRIPTIONS = 60
 QUICK_TRANSCRIPTIONS = 5
 QUICK_RECORDINGS = ["en01", "silence01"]
@@ -137,13 +139,17 @@ def attendance(entries: Iterable[Entry]) -> tuple[list[Entry], dict[str, str]]:
 def _measure_sized(
     plan: Plan, model: str, present: list[Entry], results: Results, say: Callable[[str], None]
 ) -> None:
-    if plan.sized():
+    if plan.sized() or "overhead" in plan.scenarios:
         members = [(entry, results.threads) for entry in present]
         with Party(members, model, plan.work, say) as party:
             for name, seconds in party.compile_seconds().items():
                 results.compile_seconds.setdefault(name, {})[model] = seconds
             for scenario in plan.sized():
                 results.measurements += party.measure(scenario)
+            if "overhead" in plan.scenarios:
+                say(f"{FURTHER['overhead']}, {model}")
+                rounds = 2 if plan.quick else plan.repeats or OVERHEAD_ROUNDS
+                results.overheads += measure_overhead(party, rounds)
     if "start" in plan.scenarios and model == plan.models[-1]:
         rounds = 1 if plan.quick else plan.repeats or START_ROUNDS
         window = shortened(first_window(), None, plan.quick)

@@ -67,6 +67,11 @@ class Inputs:
         samples = np.load(self.folder / f"{name}.npy")
         return [samples, np.concatenate([np.zeros(DELAY, np.float32), samples])]
 
+    @property
+    def bundled(self) -> list[str]:
+        """The names of the bundled recordings."""
+        return list(references())
+
     def seconds(self, name: str) -> float:
         """Duration of a recording."""
         return len(self.audio(name)[0]) / SAMPLE_RATE

@@ -17,6 +17,7 @@ def merged(old: Results, new: Results) -> Results:
     if why := why_apart(old, new):
         raise ValueError(why)
     again = {(one.scenario, one.model) for one in new.measurements}
+    retimed = {one.model for one in new.overheads}
     restarted = {one.model for one in new.starts}
     kept = [one for one in old.measurements if (one.scenario, one.model) not in again]
     return dataclasses.replace(
@@ -29,6 +30,7 @@ def merged(old: Results, new: Results) -> Results:
         measurements=kept + new.measurements,
         thread_scaling=new.thread_scaling or old.thread_scaling,
         starts=[one for one in old.starts if one.model not in restarted] + new.starts,
+        overheads=[one for one in old.overheads if one.model not in retimed] + new.overheads,
         accuracy=new.accuracy or old.accuracy,
         first_run=new.first_run or old.first_run,
         minutes=round(old.minutes + new.minutes, 1),

@@ -111,6 +111,8 @@ class Party:
             return 30.0
         if scenario.operation == "speech":
             return self.inputs.seconds(str(scenario.arguments["audio"]))
+        if scenario.operation == "recordings":
+            return sum(map(self.inputs.seconds, self.inputs.bundled))
         return 0.0
 
 

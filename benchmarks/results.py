@@ -62,6 +62,20 @@ class Start:
 
 
 @dataclass
+class Overhead:
+    """What a token costs outside of the graphs' execution.
+
+    samples : seconds for each token, one for each window
+    """
+
+    model: str
+    peer: str
+    beams: int
+    samples: list[float] = field(default_factory=list)
+    missing: str = ""
+
+
+@dataclass
 class Accuracy:
     """One peer on the bundled recordings.
 
@@ -118,6 +132,7 @@ class Results:
     measurements: list[Measurement] = field(default_factory=list)
     thread_scaling: list[Measurement] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
+    overheads: list[Overhead] = field(default_factory=list)
     accuracy: list[Accuracy] = field(default_factory=list)
     first_run: FirstRun | None = None
     minutes: float = 0.0
@@ -157,9 +172,10 @@ def load(path: Path) -> Results:
         ("measurements", Measurement),
         ("thread_scaling", Measurement),
         ("starts", Start),
+        ("overheads", Overhead),
         ("accuracy", Accuracy),
     ):
-        content[name] = [cls(**entry) for entry in content[name]]
+        content[name] = [cls(**entry) for entry in content.get(name, ())]
     if content["first_run"] is not None:
         content["first_run"] = FirstRun(**content["first_run"])
     return Results(**content)

@@ -65,6 +65,15 @@ SCENARIOS = (
     _window("window_words", f"30 s window, {FORCED_TOKENS} tokens, word times", 1, True, 15.0),
     _speech("clip", "a clip of 3 s, end to end", "clip", seconds=10.0),
     _speech("silence", "8 s of silence, end to end", "silence", seconds=10.0),
+    Scenario(
+        "recordings",
+        "the bundled recordings, one by one",
+        "recordings",
+        {"beams": 1, "words": False},
+        trained=True,
+        rounds=5,
+        seconds=20.0,
+    ),
     _speech("speech", "10 minutes of speech, end to end", "speech", rounds=5, seconds=20.0),
     _speech(
         "speech_words",
@@ -80,6 +89,7 @@ SCENARIO = MappingProxyType({scenario.name: scenario for scenario in SCENARIOS})
 FURTHER = MappingProxyType(
     {
         "start": "a fresh process: imports, loading, the first window, peak memory",
+        "overhead": "what a token costs outside of MAX",
         "threads": "the encoder, a step and a window, with 1 thread and more",
         "accuracy": "word error rates and tokens on the bundled recordings",
         "first_run": "the first run of a script, with graphs compiled beside it",

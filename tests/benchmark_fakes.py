@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.peers.interface import NotOffered, Outcome
-from benchmarks.results import Accuracy, FirstRun, Measurement, Results, Start
+from benchmarks.results import Accuracy, FirstRun, Measurement, Overhead, Results, Start
 from benchmarks.worker_process import PeerFailed
 
 TINY = {
@@ -60,6 +60,10 @@ def made_up_results() -> Results:
     results.starts = [
         Start("tiny", "whisper", [2.0], [1.5], [1.0], [300.0], [400.0]),
         Start("tiny", "whisper_max-high", [2.5], [0.8], [0.5], [350.0], [500.0]),
+    ]
+    results.overheads = [
+        Overhead("tiny", "whisper_max-high", 1, [1e-4, 3e-4, 2e-4]),
+        Overhead("tiny", "whisper_max-high", 5, missing="failed: it ended"),
     ]
     results.accuracy = [
         Accuracy("whisper", 1, 0.125, 3, 3),

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from benchmarks import accuracy, machine, work
 from benchmarks.interleaving import FEWEST_ROUNDS, interleave
 from benchmarks.merging import merged, why_apart
+from benchmarks.overhead import measure_overhead
 from benchmarks.party import Party, fill, same_result
 from benchmarks.peers import PEER
 from benchmarks.peers.interface import Outcome
-from benchmarks.results import Accuracy, Measurement
+from benchmarks.results import Accuracy, Measurement, Overhead
 from benchmarks.samples import speed_up, summarize
 from benchmarks.scenarios import FORCED_TOKENS, NAMES, SCENARIO, shortened
 from benchmarks.word_errors import edit_distance, word_error_rate
@@ -114,6 +115,22 @@ def test_party_reports_who_is_missing_and_why(tmp_path):
     assert workers["transformers"].closed
     assert found["faster-whisper-int8"].missing == "failed: it decoded 52 tokens in place of 100"
     assert not found["faster-whisper-int8"].samples
+
+
+def test_overhead_is_of_those_that_run_on_max(tmp_path):
+    workers = {
+        "whisper": FakeWorker([]),
+        "whisper_max-high": FakeWorker([Outcome(seconds) for seconds in (1.0, 2.0, 3.0, 4.0)]),
+        "whisper_max-int8": FakeWorker([Outcome(1.0)] * 3),
+    }
+    party = Party([(PEER[name], 2) for name in workers], "tiny", tmp_path, print)
+    party.workers = {(name, 2): worker for name, worker in workers.items()}
+    assert measure_overhead(party, rounds=2) == [
+        Overhead("tiny", "whisper_max-high", 1, [1.0, 2.0]),
+        Overhead("tiny", "whisper_max-high", 5, [3.0, 4.0]),
+        Overhead("tiny", "whisper_max-int8", 1, [1.0, 1.0]),
+        Overhead("tiny", "whisper_max-int8", 5, missing="failed: it ended"),
+    ]
 
 
 def test_a_process_is_waited_for_until_it_rests():
@@ -221,11 +238,13 @@ def test_what_was_measured_again_replaces_whole_turns():
     old, new = made_up_results(), made_up_results()
     new.measurements = [Measurement("encoder", "tiny", "whisper", 2, [9.0])]
     new.accuracy, new.thread_scaling, new.starts, new.first_run = [], [], [], None
+    new.overheads = [Overhead("base", "whisper_max-high", 1, [1e-4])]
     both = merged(old, new)
     assert [one.samples for one in both.of_group("encoder", "tiny")] == [[9.0]]
     assert both.of_group("window", "tiny") == old.of_group("window", "tiny")
     assert (both.accuracy, both.starts) == (old.accuracy, old.starts)
     assert both.first_run == old.first_run
+    assert both.overheads == old.overheads + new.overheads
     assert both.minutes == old.minutes + new.minutes
 
 

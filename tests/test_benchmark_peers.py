@@ -68,10 +68,23 @@ def test_names_of_peers_are_unique_and_the_baseline_comes_first():
     assert PEERS[0].name == BASELINE  # others are compared with its outcomes
 
 
-def test_every_scenario_is_an_operation_of_the_interface():
+def test_every_scenario_is_an_operation_of_the_interface(setup):
     for scenario in SCENARIOS:
         with pytest.raises(NotOffered):
-            getattr(Peer, scenario.operation)(None, **scenario.arguments)
+            getattr(Peer(setup), scenario.operation)(**scenario.arguments)
+
+
+def test_recordings_are_transcribed_one_by_one(setup):
+    class Clock(Peer):
+        def speech(self, audio, beams, words):
+            assert (beams, words) == (1, False)
+            return lambda: Outcome(0.5, [[1], [2]], audio)
+
+    outcome = Clock(setup).recordings(beams=1, words=False)()
+    names = setup.inputs.bundled
+    assert outcome.seconds == 0.5 * len(names) > 5
+    assert outcome.tokens == [[1], [2]] * len(names)
+    assert outcome.text.split() == names
 
 
 def test_worker_warms_up_with_shorter_runs_and_answers():

@@ -86,6 +86,24 @@ class Peer:
         """Times transcribing a recording of `inputs`, mel spectrogram and language included."""
         raise NotOffered("it does not transcribe by itself")
 
+    def recordings(self, beams: int, words: bool) -> Operation:
+        """Times transcribing the bundled recordings, one call of `speech` for each."""
+        calls = [self.speech(name, beams, words) for name in self.setup.inputs.bundled]
+
+        def run() -> Outcome:
+            outcomes = [call() for call in calls]
+            return Outcome(
+                sum(outcome.seconds for outcome in outcomes),
+                [tokens for outcome in outcomes for tokens in outcome.tokens],
+                "\n".join(outcome.text for outcome in outcomes),
+            )
+
+        return run
+
+    def overhead(self, tokens: int, beams: int) -> Operation:
+        """Times what a token of a window costs outside of MAX, when its features are there."""
+        raise NotOffered("it does not run on MAX")
+
     def compile_seconds(self) -> float | None:
         """How long compiling took when it was done, None for a peer that does not compile."""
         return None

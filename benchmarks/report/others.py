@@ -27,8 +27,9 @@ def starts_table(results: Results) -> list[str]:
         baseline = plain.get(one.model)
         row.append(times(peak / summarize(baseline.peak_mib).median) if baseline else NONE)
         rows.append(row)
-    header = ["", "until loaded", "first window", "over the second", "MiB loaded", "MiB at most"]
-    return table([*header, "of openai-whisper's"], rows)
+    header = ["", "until loaded", "first window", "more than the second"]
+    header += ["MiB loaded", "peak MiB", "peak of openai-whisper's"]
+    return table(header, rows)
 
 
 def _differences(start: Start) -> list[float]:
@@ -43,6 +44,22 @@ def compile_table(results: Results) -> list[str]:
         for name, by_model in results.compile_seconds.items()
     ]
     return table(["", "compiling, once"], rows)
+
+
+def overhead_table(results: Results) -> list[str]:
+    """Medians for each token: a row for each peer and model, greedily and with beams."""
+    found = {(one.peer, one.model, one.beams): one for one in results.overheads}
+    counts = sorted({beams for _, _, beams in found})
+    rows = []
+    for peer, model in dict.fromkeys((peer, model) for peer, model, _ in found):
+        row = [f"{PEER[peer].label}, {model}"]
+        for beams in counts:
+            one = found.get((peer, model, beams))
+            measured = one is not None and one.samples
+            row.append(duration(summarize(one.samples).median) if measured else NONE)
+        rows.append(row)
+    header = ["greedy" if beams == 1 else f"beam {beams}" for beams in counts]
+    return table(["", *header], rows)
 
 
 def accuracy_table(results: Results) -> list[str]:

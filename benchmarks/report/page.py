@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..models import TRAINED
 from ..peers import PEER
 from ..results import Results
+from ..scenarios import FORCED_TOKENS
 from . import others
 from .limits import ceilings_line, limits_table
 from .markdown import table
@@ -33,6 +34,11 @@ AHEAD_NOTE = (
 EMPTY = "\nNothing has been measured yet.\n"
 
 WORK_NOTE = "Only what no implementation can leave out counts as work (benchmarks/work.py)."
+
+OVERHEAD_NOTE = (
+    f"What a token of a window of {FORCED_TOKENS} costs beyond the execution of graphs: Python, "
+    "PyTorch, and the way into a graph and back; prompt and session are included."
+)
 
 STEP_NOTE = (
     "CTranslate2 offers no single step: its figures are differences between decoding more tokens "
@@ -63,6 +69,9 @@ def section(machine: str, results: Results) -> str:
     if results.compile_seconds:
         lines += ["### Compiling", ""]
         lines += others.compile_table(results)
+    if results.overheads:
+        lines += ["### Outside of MAX", "", OVERHEAD_NOTE, ""]
+        lines += others.overhead_table(results)
     if results.accuracy:
         lines += ["### Word errors", "", "The bundled recordings and checkpoint.", ""]
         lines += others.accuracy_table(results)
@@ -99,9 +108,10 @@ def _speed_lines(machine: str, results: Results) -> list[str]:
     lines += ["### Where another engine is faster", "", AHEAD_NOTE, ""]
     lines += [*(f"- {line}" for line in ahead), ""] if ahead else ["In no scenario here.", ""]
     if results.ceilings:
-        lines += ["### Distance to the machine's limits", "", ceilings_line(results), ""]
+        lines += ["### Compared with large products and large copies", ""]
+        lines += [ceilings_line(results), ""]
         lines += [WORK_NOTE, ""]
-        lines += [_image(machine, "roofline", "fraction of the ceiling"), ""]
+        lines += [_image(machine, "roofline", "share of the reference"), ""]
         lines += limits_table(results)
     lines += ["### Times", "", STEP_NOTE, ""]
     for group in groups(results):

@@ -81,7 +81,7 @@ def speed_up_figure(results: Results) -> Figure:
 
 
 def roofline_figure(results: Results) -> Figure:
-    """Bars: the part of the machine's ceiling that each peer reaches."""
+    """Bars: what each peer reaches of its reference, see `limits`."""
     reached = list(achieved(results))
     rows = list(dict.fromkeys((one.scenario, one.model) for one in reached))
     colors = _colors([name for name in PEER if any(one.peer == name for one in reached)])
