@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import pickle
+import textwrap
+import weakref
 from abc import ABC
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -434,3 +438,92 @@ def test_hooks_on_the_state_dict_do_not_change_the_weights(model, mel):
     with on_max():
         found = whisper_max.accelerate(model).encoder(mel)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Proxy:
+    """Somebody's stand-in for a model, such as one that loads it when it is needed."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, *arguments):
+        return self.model(*arguments)
+
+
+EAGER = partial(torch.compile, backend="eager")
+
+
+@pytest.mark.parametrize("stand_in", [Proxy, weakref.proxy, EAGER])
+@pytest.mark.allow_fallback
+def test_stand_ins_for_a_model(plain, checkpoint, stand_in):
+    def text(model):
+        model = stand_in(model)
+        return whisper.transcribe(model, samples("en01"), word_timestamps=True, fp16=False)
+
+    expected = text(plain)
+    with with_fallback():
+        assert_same_result(text(checkpoint), expected)
+
+
+@pytest.mark.parametrize("how", ["of the function", "another function"])
+@pytest.mark.allow_fallback
+def test_whispers_code_reloaded_while_it_runs(plain, checkpoint, monkeypatch, how):
+    """As IPython's autoreload does: the old function gets new code, or the class a new function."""
+
+    def tokens(model):
+        mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples("en01")))
+        options = decoding.DecodingOptions(language="en", fp16=False)
+        return whisper.decode(model, mel, options).tokens
+
+    greedy = decoding.GreedyDecoder
+    source = textwrap.dedent(inspect.getsource(greedy.update))
+    changed = source.replace("next_tokens =", "logits[:, 2738] = -np.inf; next_tokens =")
+    assert changed != source
+    namespace = {}
+    exec(compile(changed, decoding.__file__, "exec"), vars(decoding), namespace)
+    with with_fallback():
+        before = tokens(checkpoint)
+        assert 2738 in before
+        new = namespace["update"]
+        new.__qualname__ = greedy.update.__qualname__
+        if how == "of the function":
+            monkeypatch.setattr(greedy.update, "__code__", new.__code__)
+        else:
+            monkeypatch.setattr(greedy, "update", new)
+        found = tokens(checkpoint)
+    assert found == tokens(plain) != before
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (whisper.model.Whisper, "forward"),
+        (whisper.model.TextDecoder, "__call__"),
+        (nn.Module, "_call_impl"),
+    ],
+)
+@pytest.mark.allow_fallback
+def test_calls_replaced_after_patch(plain, checkpoint, monkeypatch, owner, name):
+    heard = []
+    original = getattr(owner, name)
+
+    def listening(self, *arguments, **named):
+        heard.append(type(self))
+        return original(self, *arguments, **named)
+
+    def count(model):
+        heard.clear()
+        model.transcribe(samples("en01"), word_timestamps=True, fp16=False)
+        return len(heard)
+
+    with with_fallback():
+        count(checkpoint)
+        # On the class that has the name now, which may be ours.
+        monkeypatch.setattr(getattr(whisper.model, owner.__name__, owner), name, listening)
+        found = count(checkpoint)
+    monkeypatch.undo()
+    monkeypatch.setattr(owner, name, listening)
+    assert found == count(plain) > 0

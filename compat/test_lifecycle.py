@@ -27,7 +27,7 @@ from whisper.model import ModelDimensions
 import whisper_max
 from isolation import pytorch_threads
 from strategies import Recipe, numbers, token_rows
-from whisper_max import UnsupportedByMax, activation, live_models
+from whisper_max import UnsupportedByMax, activation, audio_encoder, live_models, text_decoder
 from whisper_max.runtime import model_state
 from whisper_max.settings import TARGETS
 
@@ -354,3 +354,30 @@ def test_lifecycle(tmp_path, monkeypatch, one_thread):
         for target in ("encoder", "decoder", "inference"):
             expected(recipe, target)
     run_state_machine_as_test(Lifecycle, settings=hypothesis_settings())
+
+
+@pytest.mark.parametrize("target", ["encoder", "decoder"])
+@torch.no_grad()
+def test_unpatch_in_another_thread_in_the_middle_of_a_call(monkeypatch, target):
+    """The class of a module may be upstream's again when PyTorch takes the call over."""
+    model = RECIPES[0].build()
+    wanted = call(model, target)
+
+    def refused(*arguments):
+        whisper_max.unpatch()
+        whisper_max.restore(model)
+        return ["no"]
+
+    module = audio_encoder if target == "encoder" else text_decoder
+    monkeypatch.setattr(module, f"{target}_changes", refused)
+    with whisper_max.patched(compile="blocking"):
+        found = call(whisper_max.accelerate(model), target)
+    assert torch.equal(found, wanted)
+
+
+def test_classes_of_before_are_subclasses_of_what_has_their_name():
+    upstream = whisper.model.AudioEncoder
+    with whisper_max.patched(compile="cached"):
+        assert issubclass(upstream, whisper.model.AudioEncoder)
+        assert issubclass(whisper.model.AudioEncoder, upstream)
+        assert not issubclass(upstream, whisper.model.TextDecoder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import signal
+import threading
 import weakref
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from whisper import decoding
 
 import whisper_max
-from harness import on_max
+from harness import on_max, with_fallback
 from strategies import numbers, seeds, small, token_rows
 from whisper_max.dispatch import out_of_memory_is_unsupported
 from whisper_max.runtime import decoder_session, model_state, weights
@@ -42,7 +44,7 @@ def run_out(*args, **options):
 
 
 def run_out_in_numpy(*args, **options):
-    raise MemoryError("Unable to allocate 2.00 TiB for an array")
+    exec("raise MemoryError('Unable to allocate 2.00 TiB for an array')", {"__name__": "numpy"})
 
 
 def call(model, target):
@@ -177,7 +179,64 @@ def test_keys_and_values_that_overflow_are_foreseen(seed, scale, bias):
     assert not foreseen or max(largest, bias) > 2000  # not without need either
 
 
-@pytest.mark.parametrize("raised", [RuntimeError, ValueError])
+class Timeout(RuntimeError):
+    """Somebody's limit of time."""
+
+
+@pytest.mark.parametrize("raised", [Timeout, MemoryError, KeyError])
+def test_what_another_thread_raises_here_is_the_programs(model, raised):
+    """Such an error has no message, and no trace of where it is from."""
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    here = ctypes.c_ulong(threading.get_ident())
+    with with_fallback():
+        whisper_max.accelerate(model).encoder(MEL)
+        timer = threading.Timer(0.05, raise_in, (here, ctypes.py_object(raised)))
+        timer.start()
+        with pytest.raises(raised):
+            for _ in range(1000):
+                model.encoder(MEL.clone().mul_(torch.rand(())))
+        timer.join()
+
+
+def test_a_signal_handler_that_decodes_while_weights_are_packed(model, monkeypatch):
+    """It must not wait for what it has interrupted."""
+    found = []
+    pack = model_state.ModelState._pack
+
+    def interrupted(state, *arguments, **options):
+        if not found:
+            found.append(None)
+            signal.raise_signal(signal.SIGALRM)
+        return pack(state, *arguments, **options)
+
+    monkeypatch.setattr(model_state.ModelState, "_pack", interrupted)
+    expected = model.encoder(MEL)
+    before = signal.signal(signal.SIGALRM, lambda *_: found.append(model.encoder(MEL)))
+    try:
+        with with_fallback():
+            whisper_max.accelerate(model)
+            found.append(model.encoder(MEL))
+            counted = whisper_max.status().targets["encoder"]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert (counted.max_calls, counted.torch_calls) == (1, 1)
+    assert torch.equal(found[1], expected)
+    torch.testing.assert_close(found[2], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pytorch_takes_over_when_the_exception_is_over(model):
+    """What it raises has no context then, and what MAX held is free."""
+    with with_fallback():
+        whisper_max.accelerate(model)
+        with pytest.raises(AssertionError) as raised:
+            model.encoder(MEL[:, :, :100])
+        assert raised.value.__context__ is None
+        with pytest.raises(Exception) as raised:
+            decoding.PyTorchInference(model, 3).logits(torch.tensor([[10**6]]), FEATURES)
+        assert raised.value.__context__ is None
+
+
+@pytest.mark.parametrize("raised", [RuntimeError, ValueError, MemoryError])
 def test_what_a_signal_handler_raises_is_the_programs(raised):
     """Python runs handlers behind a call of native code: inside of what is taken for MAX's."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import whisper
 from hypothesis import given
 from hypothesis import strategies as st
 from whisper import decoding
 
 import whisper_max
 from harness import on_pytorch, with_fallback
+from recordings import samples
 from strategies import numbers, small, token_rows
 
 FEATURES, TOKENS = numbers((1, 60, 128), 2), token_rows((3, 30), 100, 3)
@@ -89,3 +91,38 @@ calls = st.lists(
 @given(calls.filter(lambda calls: isinstance(calls[0], int)))
 def test_any_calls(model, calls):
     assert_same_outcomes(model, calls)
+
+
+def edited(task, what):
+    """A task that somebody has changed since it was made."""
+    if what == "longer":
+        task.initial_tokens += tuple(task.tokenizer.encode(" the"))
+    elif what == "shorter":
+        task.initial_tokens, task.sot_index = task.initial_tokens[-3:], 0
+    elif what == "index":
+        task.sot_index = 70
+    elif what == "mask":
+        suppress = task.logit_filters[1]
+        mask = torch.zeros(task.model.dims.n_vocab, dtype=torch.bool)
+        mask[list(suppress.suppress_tokens)] = mask[2738] = True
+        suppress.suppress_tokens = mask
+    else:
+        task.logit_filters[1].suppress_tokens = slice(0, 100)
+    return task
+
+
+@pytest.mark.parametrize("what", ["longer", "shorter", "index", "mask", "slice"])
+def test_tasks_changed_after_they_were_made(plain, checkpoint, what):
+    mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples("en01")))[None]
+    options = decoding.DecodingOptions(language="en", fp16=False, prompt="hello there")
+
+    def outcome(model):
+        try:
+            return edited(decoding.DecodingTask(model, options), what).run(mel)[0].tokens
+        except IndexError:
+            return IndexError
+
+    expected = outcome(plain)
+    with with_fallback():
+        assert outcome(checkpoint) == expected
+        assert whisper_max.status().targets["decoding_loop"].max_calls == 0

@@ -108,3 +108,22 @@ def test_an_adapter_that_is_merged(model):
         layer.weight.data += 0.5
         mlp[0] = layer
     assert_up_to_date(model, before)
+
+
+@pytest.mark.parametrize("change", ["rows", "transposed", "negated"])
+@torch.no_grad()
+def test_data_seen_otherwise(model, change):
+    """Address, version and storage stay what they were."""
+    part = model.decoder.token_embedding if change == "rows" else model.encoder.conv2
+    if change == "rows":
+        part.weight.data = part.weight.data[:90]
+    elif change == "transposed":
+        part.weight.data = part.weight.data.transpose(0, 1)
+    else:
+        part.weight.data = part.weight.data._neg_view()
+    calls = CALLS["encoder"], lambda model: model.decoder(TOKENS % 90, FEATURES)
+    for call in calls:
+        expected = call(on_pytorch(model))
+        found = call(model)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())

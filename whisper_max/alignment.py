@@ -18,6 +18,7 @@ from whisper.model import Whisper
 
 from . import activation, first_use, listeners, live_models, settings
 from .activation import originals
+from .changed_parts import has_replaced
 from .conditions import bypass_reasons, device_of, tensor_reasons
 from .dispatch import refuse, run
 from .text_decoder import audio_reasons, call_reasons
@@ -95,7 +96,7 @@ class _StandIn:
             refuse(["the decoder is not on MAX"])
         # Upstream calls both; the stand-in calls neither.
         refuse([*bypass_reasons("model", model), *bypass_reasons("decoder", model.decoder)])
-        if type(model).forward is not Whisper.forward:
+        if has_replaced(model, "forward", "whisper.model"):
             refuse([f"{type(model).__qualname__} has another forward"])
         self.model = model
         self.dims = model.dims

@@ -9,7 +9,7 @@ from whisper.model import AudioEncoder
 from . import activation, first_use, listeners, settings
 from .activation import originals
 from .changed_parts import encoder_changes
-from .class_swap import SwappedModule
+from .class_swap import SwappedModule, note_pytorch
 from .conditions import (
     context_reasons, device_of, device_reasons, mel_reasons, tensor_reasons
 )
@@ -34,18 +34,19 @@ class MaxAudioEncoder(SwappedModule, UpstreamAudioEncoder):
         Raises UnsupportedByMax in mode "strict" where MAX cannot run the call.
         """
         if torch.compiler.is_compiling():  # none of our bookkeeping goes into a compiled graph
-            return super().forward(x)
+            return UpstreamAudioEncoder.forward(self, x)
         hooks = listeners.HookCalls()
 
         def on_torch() -> Tensor:
-            self._note_pytorch(encoder_changes)
+            # By their classes: another thread's unpatch() may take ours from the module meanwhile.
+            note_pytorch(self, encoder_changes)
             with hooks.on_pytorch():
-                return super(MaxAudioEncoder, self).forward(x)
+                return UpstreamAudioEncoder.forward(self, x)
 
         return run(
             "encoder",
             activation.why_off("encoder", self),
-            lambda: self._on_max(x, hooks),
+            lambda: MaxAudioEncoder._on_max(self, x, hooks),
             on_torch,
             tensors_differ,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ _SETTINGS = {
     "LayerNorm": {"eps": 1e-5, "elementwise_affine": True},
 }
 _METHODS = ("forward", "qkv_attention", "_conv_forward")
+_CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
+"""By which `torch.nn.Module` comes to a forward."""
 _FUNCTIONS = ("linear", "conv1d", "gelu", "layer_norm", "softmax", "embedding")
 """Of torch.nn.functional, which those methods call."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -101,17 +103,30 @@ def decoder_changes(decoder: nn.Module) -> list[str]:
     return changes
 
 
-def is_replaced(method: object, module: str) -> bool:
-    """Whether a method was not written in the module of this name.
+_first_seen: dict[tuple[str, str], CodeType] = {}
+"""The code of methods at first sight, soon after `patch()` has compared it with what it knows."""
 
-    Its `__module__` does not tell: `functools.wraps` copies that.
+
+def is_replaced(method: object, module: str) -> bool:
+    """Whether a method was not written in the module of this name, or was written anew since.
+
+    Its `__module__` does not tell: `functools.wraps` copies that. And who reloads changed sources
+    into a running program gives functions other code, or classes other functions.
     """
-    return getattr(method, "__globals__", {}).get("__name__") != module
+    if getattr(method, "__globals__", {}).get("__name__") != module:
+        return True
+    code = method.__code__
+    first = _first_seen.setdefault((module, method.__qualname__), code)
+    return code is not first and code != first
 
 
 def has_replaced(thing: object, name: str, module: str) -> bool:
-    """Whether an object's method is not that of its class, written in the module of this name."""
-    return name in vars(thing) or is_replaced(getattr(type(thing), name), module)
+    """Whether an object's method is not that of its class, written in the module of this name.
+
+    Nor is that of a stand-in, which looks up what it is asked for elsewhere.
+    """
+    own = getattr(thing, "__dict__", {})
+    return name in own or is_replaced(getattr(type(thing), name, None), module)
 
 
 def only_listens(part: nn.Module) -> bool:
@@ -137,8 +152,9 @@ def _expected(decoder: bool, blocks: int) -> dict[str, Part]:
 
 def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
     # Our own class, whose forward stands in for that of upstream's.
-    if any(_is_changed(base, "forward") for base in type(module).__mro__):
-        yield "its class was given another forward"
+    for name in ("forward", *_CALLS):
+        if any(_is_changed(base, name) for base in type(module).__mro__):
+            yield f"its class was given another {name}"
     attention = getattr(sys.modules["whisper.model"], "scaled_dot_product_attention", None)
     if not (attention is None or isinstance(attention, BuiltinFunctionType)):
         yield "whisper.model.scaled_dot_product_attention was replaced"
@@ -253,7 +269,7 @@ def _own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
 
 def _changed_method(cls: type) -> str | None:
     """A method of the class, or of one that it extends and calls, which was replaced."""
-    for name in (*_METHODS, "__call__"):
+    for name in (*_METHODS, *_CALLS):
         if any(_is_changed(base, name) for base in cls.__mro__):
             return name
     return None

@@ -24,9 +24,16 @@ class _NamedAsUpstream(ABCMeta):
     """
 
     def __instancecheck__(cls, instance: object) -> bool:
-        upstream = vars(cls).get("_upstream")
-        bases = (base for base in cls.__mro__ if base.__name__ == upstream)
-        return any(type.__instancecheck__(base, instance) for base in (cls, *bases))
+        return any(type.__instancecheck__(one, instance) for one in _with_upstream(cls))
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return any(type.__subclasscheck__(one, subclass) for one in _with_upstream(cls))
+
+
+def _with_upstream(cls: type) -> list[type]:
+    """A class, and the one that it replaces if it is ours."""
+    upstream = vars(cls).get("_upstream")
+    return [cls, *(base for base in cls.__mro__ if base.__name__ == upstream)]
 
 
 class SwappedModule(nn.Module, metaclass=_NamedAsUpstream):
@@ -53,51 +60,57 @@ class SwappedModule(nn.Module, metaclass=_NamedAsUpstream):
         return vars(type(self)).get("_upstream", type(self).__name__)
 
     def __deepcopy__(self, memo: dict) -> SwappedModule:
-        if not self._is_exactly_ours():  # a subclass may say itself how it is copied
+        if not _is_exactly_ours(self):  # a subclass may say itself how it is copied
             return copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # as without this method
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return self._on_the_same_path(twin)
+        return _on_the_same_path(self, twin)
 
     def __copy__(self) -> SwappedModule:
-        if not self._is_exactly_ours():
+        if not _is_exactly_ours(self):
             return copy._reconstruct(self, None, *self.__reduce_ex__(4))
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        return self._on_the_same_path(twin)
+        return _on_the_same_path(self, twin)
 
     def drop_max_state(self) -> None:
         """Frees packed weights and remembered results, if there are any."""
         if (model_state := activation.model_state()) is not None:
             model_state.drop(self)
 
-    def _note_pytorch(self, changes: Callable[[nn.Module], list[str]]) -> None:
-        """PyTorch computes with this module, and weights may change afterwards without its count.
-
-        In training, as by `.data`; or while parts are replaced, as by an adapter that is merged
-        later. What MAX keeps is dropped then.
-
-        changes : finds those in a module's parts
-        """
-        model_state = activation.model_state()
-        if model_state is None or not model_state.is_kept(self):
-            return
-        if wants_gradients(self) or changes(self):
-            model_state.drop(self)
-
-    def _is_exactly_ours(self) -> bool:
-        """Whether this is no instance of a user's subclass."""
-        return "_upstream" in vars(type(self))
-
-    def _on_the_same_path(self, twin: SwappedModule) -> SwappedModule:
-        """A copy of a module that was taken up is taken up as well, and given back with it."""
-        for taken_up in (activation.accelerated, activation.adopted):
-            if self in taken_up:
-                taken_up.add(twin)
-        return twin
-
     def __reduce_ex__(self, protocol: int) -> tuple:
-        if not self._is_exactly_ours():
+        if not _is_exactly_ours(self):
             return super().__reduce_ex__(protocol)  # a subclass of ours pickles as itself
         return New(type(self), self._upstream, "whisper.model"), (), self.__dict__
+
+
+# Not methods: another thread's unpatch() may take our class from a module in the middle of a call.
+
+
+def note_pytorch(module: nn.Module, changes: Callable[[nn.Module], list[str]]) -> None:
+    """PyTorch computes with this module, and weights may change afterwards without its count.
+
+    In training, as by `.data`; or while parts are replaced, as by an adapter that is merged
+    later. What MAX keeps is dropped then.
+
+    changes : finds those in a module's parts
+    """
+    model_state = activation.model_state()
+    if model_state is None or not model_state.is_kept(module):
+        return
+    if wants_gradients(module) or changes(module):
+        model_state.drop(module)
+
+
+def _is_exactly_ours(module: nn.Module) -> bool:
+    """Whether this is no instance of a user's subclass."""
+    return "_upstream" in vars(type(module))
+
+
+def _on_the_same_path(module: nn.Module, twin: nn.Module) -> nn.Module:
+    """A copy of a module that was taken up is taken up as well, and given back with it."""
+    for taken_up in (activation.accelerated, activation.adopted):
+        if module in taken_up:
+            taken_up.add(twin)
+    return twin

@@ -97,7 +97,7 @@ def _generator(device: torch.device) -> torch.Generator:
 def _on_max(
     task: DecodingTask, rollback: _Rollback, audio_features: Tensor, tokens: Tensor
 ) -> Decoded:
-    refuse(_reasons(task))
+    refuse(_reasons(task, tokens))
     task.inference.start(tokens, audio_features, refuse_hooks=True)
     try:
         with out_of_memory_is_unsupported(), only_this_thread():
@@ -241,8 +241,11 @@ def _refuse_not_a_number(logprobs: np.ndarray) -> None:
         refuse(["log probabilities are not numbers"])
 
 
-def _reasons(task: DecodingTask) -> list[str]:
-    """Reasons against decoding this task here rather than step by step in upstream's loop."""
+def _reasons(task: DecodingTask, tokens: Tensor) -> list[str]:
+    """Reasons against decoding this task here rather than step by step in upstream's loop.
+
+    tokens : shape = (rows, initial tokens)
+    """
     reasons = []
     decoder = task.decoder
     if type(task) is not DecodingTask:
@@ -255,6 +258,10 @@ def _reasons(task: DecodingTask) -> list[str]:
             for name in ("logits", "rearrange_kv_cache")
             if has_replaced(task.inference, name, MaxInference.__module__)
         ]
+        if not tokens.shape[-1] == task.sample_begin == task.inference.initial_token_length:
+            reasons.append("the initial tokens were changed after the task was made")
+    if not 0 <= task.sot_index < tokens.shape[-1]:
+        reasons.append(f"sot_index is {task.sot_index}, of {tokens.shape[-1]} initial tokens")
     if type(decoder) not in (GreedyDecoder, BeamSearchDecoder):
         reasons.append(f"the token decoder is a {type(decoder).__qualname__}")
     elif has_replaced(decoder, "update", "whisper.decoding"):

@@ -35,13 +35,17 @@ def run(
     if why_off is not None:
         return on_pytorch(target, on_torch, [why_off])
     begin = time.perf_counter()
+    reasons: Sequence[str] | None = None
     try:
         with out_of_memory_is_unsupported():
             result = on_max()
     except UnsupportedByMax as unsupported:
         if mode == "strict":
             raise
-        return on_pytorch(target, on_torch, unsupported.reasons)
+        reasons = unsupported.reasons
+    # The exception is over: PyTorch's have no context then, and what MAX held is freed.
+    if reasons is not None:
+        return on_pytorch(target, on_torch, reasons)
     report.record(target, "max", time.perf_counter() - begin)
     if mode != "shadow":
         return result
@@ -65,14 +69,15 @@ def on_pytorch(target: str, on_torch: Callable[[], Result], reasons: Sequence[st
 def out_of_memory_is_unsupported() -> Iterator[None]:
     """Raises UnsupportedByMax where memory runs out inside: PyTorch may do with less.
 
-    What a user's hook raises is the user's.
+    What a user's hook raises is the user's, and so is what the handler of a signal does.
     """
     import torch
 
     try:
         yield
     except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-        if hasattr(error, "of_a_hook"):
+        of_others = isinstance(error, MemoryError) and not report.is_of_max(error)
+        if hasattr(error, "of_a_hook") or of_others:
             raise
         raise UnsupportedByMax(f"memory ran out: {error}") from error
     except RuntimeError as error:

@@ -81,13 +81,17 @@ class MaxInference(UpstreamInference):
         begin = time.perf_counter()
         hooks = listeners.HookCalls()
         on_one_thread.hold()
+        reasons: Sequence[str] | None = None
         try:
             with out_of_memory_is_unsupported():
                 logits = self._step(tokens, audio_features, hooks)
         except UnsupportedByMax as failed:
             if settings.active().mode == "strict":
                 raise
-            self.leave_to_pytorch(failed.reasons)
+            reasons = failed.reasons
+        # The exception is over: PyTorch's have no context then, and what MAX held is freed.
+        if reasons is not None:
+            self.leave_to_pytorch(reasons)
             return on_pytorch(
                 "inference",
                 lambda: self._resume(tokens, audio_features, hooks),

@@ -123,7 +123,7 @@ class _Counters:
     """The counters of the process, and what has already been logged."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.refusals: dict[str, tuple[str, ...]] = {}
         self.device = ""
         self.artifact = "none"
@@ -133,7 +133,7 @@ class _Counters:
 
     def renew_lock(self) -> None:
         # A fork may happen while another thread holds the lock; that thread is not in the child.
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
 
 _counters = _Counters()
@@ -192,18 +192,25 @@ def as_unsupported(what: str, error: Exception) -> UnsupportedByMax:
     return UnsupportedByMax(reason)
 
 
+_NATIVE = ("max", "torch", "numpy", __package__)
+"""Packages of native code, and ours, which calls it."""
+
+
 def is_of_max(error: Exception) -> bool:
     """Whether an error was raised by MAX, or by native code that we or PyTorch called.
 
     What else raises while native code runs is a handler of a signal: the user's, or PyTorch's own
-    for the workers of a DataLoader.
+    for the workers of a DataLoader. Or another thread has raised it in this one, which leaves no
+    trace of where it is from: such an error has no message, or a class of the user's.
     """
+    of_known_class = type(error).__module__.partition(".")[0] in ("builtins", *_NATIVE)
     traceback = error.__traceback__
+    if traceback is None or not of_known_class or not error.args:
+        return False
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     module = str(traceback.tb_frame.f_globals.get("__name__"))
-    of_ours = module.partition(".")[0] in ("max", "torch", __package__)
-    return of_ours and not module.startswith("torch.utils.data.")
+    return module.partition(".")[0] in _NATIVE and not module.startswith("torch.utils.data.")
 
 
 def set_patched(target: str, patched: bool, refusals: Sequence[str] = ()) -> None:

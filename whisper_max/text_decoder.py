@@ -9,7 +9,7 @@ from whisper.model import TextDecoder
 from . import activation, first_use, listeners, settings
 from .activation import originals
 from .changed_parts import decoder_changes
-from .class_swap import SwappedModule
+from .class_swap import SwappedModule, note_pytorch
 from .conditions import (
     context_reasons, device_of, device_reasons, features_reasons, tensor_reasons, tokens_reasons
 )
@@ -37,19 +37,20 @@ class MaxTextDecoder(SwappedModule, UpstreamTextDecoder):
         UnsupportedByMax in mode "strict" where MAX cannot run the call.
         """
         if torch.compiler.is_compiling():  # none of our bookkeeping goes into a compiled graph
-            return super().forward(x, xa, kv_cache)
+            return UpstreamTextDecoder.forward(self, x, xa, kv_cache)
         hooks = listeners.HookCalls()
 
         def on_torch() -> Tensor:
+            # By their classes: another thread's unpatch() may take ours from the module meanwhile.
             if not kv_cache:  # a step of a decode follows others, at whose first this was done
-                self._note_pytorch(decoder_changes)
+                note_pytorch(self, decoder_changes)
             with hooks.on_pytorch():
-                return super(MaxTextDecoder, self).forward(x, xa, kv_cache)
+                return UpstreamTextDecoder.forward(self, x, xa, kv_cache)
 
         return run(
             "decoder",
             activation.why_off("decoder", self),
-            lambda: self._on_max(x, xa, kv_cache, hooks),
+            lambda: MaxTextDecoder._on_max(self, x, xa, kv_cache, hooks),
             on_torch,
             tensors_differ,
         )

@@ -31,7 +31,7 @@ MAX_COMPILER = "whisper_max.runtime.compile_worker:compile_to_mef"
 _PROGRESS_SECONDS = 0.25
 _BACKGROUND_NICENESS = 19
 
-_guard = threading.Lock()  # so that two threads start one child
+_guard = threading.RLock()  # so that two threads start one child
 _children: dict[str, subprocess.Popen] = {}  # the supervisors that this process started, by digest
 _warned: set[str] = set()  # digests whose failure has been told
 # After a fork they are somebody else's children; the locks in the cache folder still tell.

@@ -30,7 +30,7 @@ Loaded = TypeVar("Loaded")
 
 _engines: dict[tuple[str, str], Any] = {}  # by artifact and device
 _unloadable: dict[tuple[str, str], str] = {}  # and why
-_guard = threading.Lock()
+_guard = threading.RLock()
 _process = os.getpid()
 _libc = ctypes.CDLL(None)  # opened here: after a fork, the loader's lock may be held for ever
 
@@ -120,5 +120,7 @@ def _remembered(wanted: tuple[str, str], key: ArtifactKey) -> Iterator[None]:
     except (RuntimeError, ValueError, MemoryError) as error:
         if not report.is_of_max(error):
             raise
-        _unloadable[wanted] = f"MAX could not load {key.label}: {error}"
-        raise UnsupportedByMax(_unloadable[wanted]) from error
+        reason = f"MAX could not load {key.label}: {error}"
+        if not isinstance(error, MemoryError):  # there may be enough another time
+            _unloadable[wanted] = reason
+        raise UnsupportedByMax(reason) from error

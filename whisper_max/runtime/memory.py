@@ -36,7 +36,7 @@ class HugePages:
     """
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._small: list[tuple[weakref.ref[mmap.mmap], range]] = []
         self._windows: int | None = None  # since the first slow page
 

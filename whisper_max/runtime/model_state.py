@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -88,6 +89,7 @@ class _Seen:
         self.storage = StorageWeakRef(tensor.untyped_storage())
         self.address = tensor.data_ptr()
         self.version = tensor._version
+        self.view = _view_of(tensor)
 
     def is_still(self, name: str, tensor: Tensor) -> bool:
         """Whether the tensor of this name is that one, unchanged."""
@@ -96,8 +98,38 @@ class _Seen:
             and name == self.name
             and tensor.data_ptr() == self.address
             and tensor._version == self.version
+            and _view_of(tensor) == self.view
             and tensor.untyped_storage()._cdata == self.storage.cdata
         )
+
+
+def _view_of(tensor: Tensor) -> tuple[object, ...]:
+    """How a tensor reads its memory."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
+
+
+class Guard:
+    """A lock of one thread at a time, in which a signal's handler may come by.
+
+    The handler runs in the thread that has the lock, and must neither wait for it nor go on with
+    what is half done: it is refused.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._is_taken = False
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Holds the lock. Raises UnsupportedByMax where this thread has it."""
+        with self._lock:
+            if self._is_taken:
+                refuse(["a signal's handler decodes while the weights are being packed"])
+            self._is_taken = True
+            try:
+                yield
+            finally:
+                self._is_taken = False
 
 
 class Watch:
@@ -135,7 +167,7 @@ class ModelState:
         self.features: Memo[Tensor] = Memo()
         self.cross: Memo[CrossCache] = Memo()
         self.pool = TensorPool()
-        self._guard = threading.Lock()
+        self._guard = Guard()
         self.watch = Watch()
         self._precision = ""
         self._exact: bool | None = None  # whether float16 holds every weight; None: not known yet
@@ -148,7 +180,7 @@ class ModelState:
         Raises UnsupportedByMax while there is no engine, or where the parameters are not such
         that the kernels could take them.
         """
-        with self._guard:
+        with self._guard.taken():
             tensors = tensors_of(module)
             if settings.precision != self._precision or not self.watch.unchanged(tensors):
                 self._look_at(tensors, settings.precision)
@@ -215,7 +247,7 @@ class ModelState:
 State = TypeVar("State")
 
 _states: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
-_states_guard = threading.Lock()
+_states_guard = threading.RLock()  # a signal's handler may decode, too
 
 
 def state_of(

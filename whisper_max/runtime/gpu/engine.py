@@ -222,7 +222,7 @@ class WorkspacePool:
         # The garbage collector may give one back in the middle of anything, of `take` too: so that
         # takes no lock, and the guard is for takers.
         self._idle: deque[Workspace] = deque(maxlen=_IDLE_WORKSPACES)
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
 
     def take(self, shape: tuple[int, int], weights: Weights, features: Tensor) -> Workspace | None:
         """One for so many (windows, beams), if possible one that is for these features."""

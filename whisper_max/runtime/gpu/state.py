@@ -6,7 +6,6 @@ made once, where upstream would convert them at each call: matrices in float32 u
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from ...graphs.gpu.specification import AudioSizes, Target, TextSizes
 from ...settings import Settings
 from .. import hardware, loading
 from ..artifact_key import ArtifactKey
-from ..model_state import Memo, Watch, tensors_of
+from ..model_state import Guard, Memo, Watch, tensors_of
 from ..tensors import to_buffer, to_torch
 from .engine import RANKED, GpuEngine, Weights, to_dtype
 from .devices import MaxDevice
@@ -51,7 +50,7 @@ class GpuState:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.features: Memo[Tensor] = Memo()
-        self._guard = threading.Lock()
+        self._guard = Guard()
         self.watch = Watch()
         self._reasons: list[str] = []
         self._ready: dict[tuple, GpuReady] = {}
@@ -69,7 +68,7 @@ class GpuState:
         Raises UnsupportedByMax while there is no engine, or where the parameters are not such
         that the graphs could take them.
         """
-        with self._guard:
+        with self._guard.taken():
             tensors = tensors_of(module)
             if not self.watch.unchanged(tensors):
                 self._look_at(tensors, max_device)
