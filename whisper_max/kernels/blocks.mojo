@@ -11,15 +11,16 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from std.math import align_up, ceildiv
 from std.memory.alloc import unsafe_alloc
+from std.sys import size_of
 
 from .attention import (
     HEAD_DIM, Attention, SelfAttention, head_size, pack_keys, pack_values, padded
 )
-from .gemm import F32, PANEL, Floats, Packed, copy, raw, tile_rows
+from .gemm import F32, PANEL, Bytes, Floats, Packed, copy, raw, tile_rows
 from .phases import Phases, team_size
 from .norm import Norm
-from .products import Panel, PackedRows
-from .projection import PACKED_ROWS, PROJECT_PHASES, Projection, project
+from .products import PackedRows, Panel
+from .projection import FEW_ROWS, PACKED_ROWS, PROJECT_PHASES, Projection, project
 
 comptime QUERY_ROWS = 192
 """Queries of one head that one worker attends with at a time."""
@@ -55,6 +56,7 @@ def linear[
     *,
     residual: Bool = False,
     gelu: Bool = False,
+    packs_output: Bool = False,
 ) -> Projection[type, width, product, tiles]:
     """The projection of one layer; `residual` adds to what the output holds."""
     var length = weight.dim_size(2)
@@ -75,6 +77,7 @@ def linear[
         rows if residual else 0,
         scale.dim_size(1) == columns,
         gelu,
+        packs_output,
     )
 
 
@@ -125,13 +128,22 @@ struct EncoderBlocks:
         var team = team_size(threads)
         var stream = raw(output.unsafe_ptr())
         copy[width](raw(x.unsafe_ptr()), stream, rows * n)
-        # The hidden layer of the MLP (4n) takes the place of qkv (3n) and the attended values (n).
-        var hidden = unsafe_alloc[Float32](rows * 4 * n)
+        comptime Layer = Projection[type, width, product, tiles]
+        comptime Left = Layer.Left
+        # Float32 is multiplied as it is: attended values and the hidden layer of the MLP, which are
+        # only multiplied, go where packed rows are.
+        var direct = Left.stored == F32 and rows > FEW_ROWS
+        # The hidden layer (4n) takes the place of qkv (3n) and the attended values (n).
+        var hidden_bytes = Left.bytes(rows, 4 * n) if direct else 0
+        var hidden = unsafe_alloc[Float32](
+            max(rows * 4 * n, ceildiv(hidden_bytes, size_of[Float32]())), alignment=64
+        )
+        var packed_hidden = Bytes(unsafe_from_address=Int(hidden))
         var attended = hidden.unsafe_offset(rows * 3 * n)
         var keys = unsafe_alloc[Scalar[attention]](2 * batch * heads * head_size(frames))
         var values = keys.unsafe_offset(batch * heads * head_size(frames))
         var packed = unsafe_alloc[UInt8](
-            Projection[type, width, product, tiles].packed_bytes(rows, 4 * n), alignment=64
+            Layer.packed_bytes(rows, n if direct else 4 * n), alignment=64
         )
         var memory = raw(packed)
         var phases = Phases((4 * PROJECT_PHASES + 2) * layers)
@@ -156,7 +168,7 @@ struct EncoderBlocks:
             chunk: Int
         ) {
             var hidden, var attended, var keys, var values, var heads, var frames, var n,
-            var query_tiles, var query_blocks, imm
+            var query_tiles, var query_blocks, var direct, var memory, var rows, imm
         }:
             """Attends with a block of queries of one head of one window."""
             var head = chunk // query_blocks
@@ -167,9 +179,16 @@ struct EncoderBlocks:
             )
             var row = (head // heads) * frames + begin
             var column = (head % heads) * HEAD_DIM
+            var to = attended.unsafe_offset(row * n + column)
+            var stride = n
+            comptime if Left.stored == F32:
+                if direct:
+                    var column_of_all = Left.at(memory, rows, n).column(column)
+                    stride = Left.stride
+                    to = Floats(unsafe_from_address=Int(column_of_all)).unsafe_offset(row * stride)
             Attention[attention, width, tiles](
-                attended.unsafe_offset(row * n + column),
-                n,
+                to,
+                stride,
                 hidden.unsafe_offset(row * 3 * n + column),
                 3 * n,
                 keys.unsafe_offset(head * head_size(frames)),
@@ -183,10 +202,11 @@ struct EncoderBlocks:
             index: Int
         ) {
             var stream, var hidden, var attended, var rows, var layers, var team, var phases,
-            var batch, var heads, var query_blocks, var memory, imm
+            var batch, var heads, var query_blocks, var memory, var packed_hidden, var direct, imm
         }:
             var phase = phases
             var none = Norm(stream, stream, 0)
+            var of_hidden = packed_hidden if direct else memory
             for layer in range(layers):
                 var attn_ln = norm_of(attn_ln_weight, attn_ln_bias, layer)
                 var mlp_ln = norm_of(mlp_ln_weight, mlp_ln_bias, layer)
@@ -198,15 +218,15 @@ struct EncoderBlocks:
                 project(phase, team, linear[width, product, tiles](
                     stream, attended, rows, out_weight, out_scale, out_bias, layer, none,
                     residual=True,
-                ), memory)
+                ), memory, is_packed=direct)
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln,
-                    gelu=True,
+                    gelu=True, packs_output=direct,
                 ), memory)
                 project(phase, team, linear[width, product, tiles](
                     stream, hidden, rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none,
                     residual=True,
-                ), memory)
+                ), of_hidden, is_packed=direct)
 
         sync_parallelize(worker, team)
         phases.free()

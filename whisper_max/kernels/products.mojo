@@ -28,6 +28,8 @@ comptime Integers = Pointer[Int32, MutUntrackedOrigin]
 comptime PAIRS_STEP = STEP_BYTES // 2
 """Of bfloat16, the numbers in a step of a tile."""
 comptime BLOCK_LENGTH = 512
+comptime BLOCK_STEP = 64
+"""Blocks along the shared axis are multiples of it: none cuts a panel or a head."""
 comptime CACHED_BYTES = 192 * 544 * 4
 """Of a left operand: less than half of the smallest second-level cache beside AVX-512."""
 comptime ROWS_STEP = 96
@@ -206,10 +208,21 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         return Self(numbers, Floats(unsafe_from_address=Int(scales)), whole, length)
 
     @always_inline
-    def begin(self, block: Int) -> Int:
-        """Where a block begins on the shared axis: all are of one length, but for the last."""
+    def length_of_blocks(self) -> Int:
+        """Along the shared axis: all are of one length, but for the last."""
         var blocks = ceildiv(self.length, Self.block_length)
-        return min(block * align_up(ceildiv(self.length, blocks), WORDS), self.length)
+        return align_up(ceildiv(self.length, blocks), BLOCK_STEP)
+
+    @always_inline
+    def begin(self, block: Int) -> Int:
+        """Where a block begins on the shared axis."""
+        return min(block * self.length_of_blocks(), self.length)
+
+    @always_inline
+    def column(self, column: Int) -> Packed[Self.stored]:
+        """Where a column of row 0 stands; other rows do at a distance of `stride`."""
+        var length = self.length_of_blocks()
+        return self.row(column // length, 0).unsafe_offset(column % length)
 
     @always_inline
     def row(self, block: Int, row: Int) -> Packed[Self.stored]:

@@ -70,7 +70,8 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     float32, as fast as memory is read.
     `weight` is packed, `[panels, length, 32]`. `scale` multiplies each output channel (int8
     weights) where `scaled`. `residual` is read at `row % residual_rows` (0: none) and may be the
-    output itself.
+    output itself. Where `packs_output`, which is for float32, the output is left as the next
+    layer's packed rows.
     """
 
     comptime Left = PackedRows[Self.product, Self.width, Self.tiles]
@@ -89,6 +90,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     var residual_rows: Int
     var scaled: Bool
     var gelu: Bool
+    var packs_output: Bool
 
     def panels_from(self, panel: Int, panels: Int, to: Floats) -> Self:
         """Some whole panels of a layer without residual, into `to`."""
@@ -223,10 +225,30 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
             end_tiles()
 
     @always_inline
+    def output_at(self, row: Int, column: Int) -> Floats:
+        """Where an output stands; those of the next rows do at a distance of `output_stride`."""
+        comptime if Self.Left.stored == F32:
+            if self.packs_output:
+                var memory = Bytes(unsafe_from_address=Int(self.output))
+                var packed = Self.Left.at(memory, self.rows, self.columns)
+                var at = Floats(unsafe_from_address=Int(packed.column(column)))
+                return at.unsafe_offset(row * Self.Left.stride)
+        return self.output.unsafe_offset(row * self.columns + column)
+
+    @always_inline
+    def output_stride(self) -> Int:
+        comptime if Self.Left.stored == F32:
+            if self.packs_output:
+                return Self.Left.stride
+        return self.columns
+
+    @always_inline
     def fetch_output(self, row: Int, rows: Int, column: Int):
         """Asks for what will be written when a tile is computed: it has left the cache long ago."""
+        var to = self.output_at(row, column)
+        var stride = self.output_stride()
         for r in range(rows):
-            var at = self.output.unsafe_offset((row + r) * self.columns + column)
+            var at = to.unsafe_offset(r * stride)
             comptime for i in range(0, PANEL, CACHE_LINE // size_of[Float32]()):
                 prefetch[PrefetchOptions().for_write().high_locality().to_data_cache()](
                     at.unsafe_offset(i)
@@ -238,30 +260,35 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         A whole panel at once: its vectors' long chains of operations overlap.
         """
         var ends = last and self.gelu
+        var to = self.output_at(row, column)
+        var stride = self.output_stride()
         if column + PANEL > self.columns:
             for r in range(rows):
                 for i in range(self.columns - column):
                     var sum = sums.unsafe_offset(r * PANEL + i)
+                    var at = to.unsafe_offset(r * stride + i)
                     if ends:
-                        self.store[1, True](sum, row + r, column + i, first)
+                        self.store[1, True](sum, at, row + r, column + i, first)
                     else:
-                        self.store[1, False](sum, row + r, column + i, first)
+                        self.store[1, False](sum, at, row + r, column + i, first)
         elif ends:
             for r in range(rows):
-                self.store[PANEL, True](sums.unsafe_offset(r * PANEL), row + r, column, first)
+                var sum = sums.unsafe_offset(r * PANEL)
+                self.store[PANEL, True](sum, to.unsafe_offset(r * stride), row + r, column, first)
         else:
             for r in range(rows):
-                self.store[PANEL, False](sums.unsafe_offset(r * PANEL), row + r, column, first)
+                var sum = sums.unsafe_offset(r * PANEL)
+                self.store[PANEL, False](sum, to.unsafe_offset(r * stride), row + r, column, first)
 
     @always_inline
     def store[
         w: Int, with_gelu: Bool
-    ](self, sums: Floats, row: Int, column: Int, first: Bool):
+    ](self, sums: Floats, at: Floats, row: Int, column: Int, first: Bool):
         """Adds `w` sums of one block of the shared axis to the output; of the first, stores them.
 
+        at: where in the output
         with_gelu: of the last block, where there is a GELU
         """
-        var at = self.output.unsafe_offset(row * self.columns + column)
         var y = sums.unsafe_load[width=w]()
         if self.scaled:
             y *= self.scale.unsafe_offset(column).unsafe_load[width=w]()
@@ -293,8 +320,13 @@ def project[
     team: Int,
     projection: Projection[type, width, product, tiles],
     memory: Bytes,
+    *,
+    is_packed: Bool = False,
 ):
-    """A linear layer in one phase, or for many rows in two; they are packed into `memory` first."""
+    """A linear layer in one phase, or for many rows in two; they are packed into `memory` first.
+
+    is_packed: whether they are already
+    """
     var chunks = projection.chunks(team)
     var rows = projection.rows
     var left = projection.Left.at(memory, rows, projection.length)
@@ -318,7 +350,7 @@ def project[
     def part(chunk: Int) {var layer, var chunks, var left, var right, imm}:
         layer.run(chunk, chunks, left, right)
 
-    if not projection.is_streamed():
+    if not projection.is_streamed() and not is_packed:
         phases.run(ceildiv(rows, PACKED_ROWS), pack)
     phases.run(chunks, part)
     panel.unsafe_free()

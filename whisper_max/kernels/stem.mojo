@@ -61,6 +61,7 @@ struct Linear:
             residual.dim_size(0) if residual.dim_size(1) == columns else 0,
             scale.dim_size(0) == columns,
             gelu == 1,
+            False,
         )
         var team = team_size(threads)
         var phases = Phases(PROJECT_PHASES)
