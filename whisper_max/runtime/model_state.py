@@ -21,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .. import on_one_thread
+from ..changed_parts import named_parts
 from ..conditions import UnsupportedByMax, float16_reasons, parameter_reasons, value_reasons
 from ..dispatch import refuse
 from ..settings import Settings
@@ -301,7 +302,11 @@ def drop_all(keep: Container[nn.Module]) -> None:
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name: what a state_dict is made of, without its hooks."""
+    parts = named_parts(module)
     return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
+        f"{part_name}.{name}" if part_name else name: tensor
+        for kind in ("_parameters", "_buffers")
+        for part_name, part in parts
+        for name, tensor in part.__dict__[kind].items()
+        if tensor is not None
     }
