@@ -56,7 +56,7 @@ def test_what_others_draw_before_pytorch_begins_stays_drawn(
     torch.rand(3)
     expected = drawn(plain, features)
 
-    def refusing(task):
+    def refusing(task, tokens):
         torch.rand(3)
         return ["not today"]
 

@@ -168,11 +168,14 @@ def _greedy(
     for _ in range(1, task.sample_len):
         last = [row[-1] for row in rows]
         logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
-        _refuse_not_a_number(logprobs)
-        for i, row in enumerate(rows):
-            if row[-1] != eot:
-                sums[i] += logprobs[i, 0]
-            row.append(int(best[i, 0]) if row[-1] != eot else eot)
+        added = logprobs.tolist()
+        _refuse_not_a_number(added)
+        for i, (row, (token,)) in enumerate(zip(rows, best.tolist())):
+            if row[-1] == eot:
+                row.append(eot)
+                continue
+            sums[i] += added[i][0]
+            row.append(token)
         if all(row[-1] == eot for row in rows) or len(rows[0]) > task.n_ctx:
             break
     return torch.tensor(rows, device=tokens.device)
@@ -189,7 +192,7 @@ def _beam_search(
     for _ in range(1, task.sample_len):
         last = [row[-1] for row in rows]
         logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
-        totals = sums[:, None] + logprobs  # float32, as upstream adds them
+        totals = (sums[:, None] + logprobs).tolist()  # in float32, as upstream adds them
         _refuse_not_a_number(totals)
         candidates = best.tolist()
         kept: list[tuple[int, ...]] = []
@@ -214,7 +217,7 @@ def _beam_search(
 
 
 def _ranked(
-    totals: np.ndarray, candidates: list[list[int]], rows: range
+    totals: list[list[float]], candidates: list[list[int]], rows: range
 ) -> Iterator[tuple[float, int, int]]:
     """Log probability, row and next token of what a window's rows could go on with, best first.
 
@@ -224,7 +227,7 @@ def _ranked(
         (
             (total, row, token)
             for row in rows
-            for total, token in zip(totals[row].tolist(), candidates[row])
+            for total, token in zip(totals[row], candidates[row])
         ),
         key=lambda candidate: candidate[0],
         reverse=True,
@@ -235,9 +238,9 @@ def _ranked(
         yield candidate
 
 
-def _refuse_not_a_number(logprobs: np.ndarray) -> None:
+def _refuse_not_a_number(logprobs: list[list[float]]) -> None:
     """Leaves a decode to PyTorch where everything is suppressed, or logits are not numbers."""
-    if np.isnan(logprobs).any():
+    if any(number != number for row in logprobs for number in row):
         refuse(["log probabilities are not numbers"])
 
 
