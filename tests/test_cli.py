@@ -163,6 +163,10 @@ def test_logging_goes_to_stderr_for_the_command_only(folder, capsys):
     ("arguments", "message"),
     [
         (["nothing.wav"], "no such file: nothing.wav"),
+        (
+            ["compil"],
+            "no such file: compil (and no command; those are compile, cache, doctor, demo, bench)",
+        ),
         (["speech.wav", "empty.wav"], "empty.wav is empty"),
         (["nothing.wav", "empty.wav"], "no such file: nothing.wav; empty.wav is empty"),
         (["folder"], "folder is a folder, not an audio file"),

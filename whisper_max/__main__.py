@@ -24,7 +24,7 @@ from types import CodeType, ModuleType
 
 from . import __version__, is_patched, patch, status
 from .after_import import call_after_import
-from .options import add_options
+from .options import add_options, add_profile
 from .settings import Settings
 
 
@@ -68,9 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_options(parser)
-    parser.add_argument(
-        "--profile", action="store_true", help="print at the end what ran where, to stderr"
-    )
+    add_profile(parser)
     parser.add_argument(
         "--status",
         metavar="FILE",

@@ -17,6 +17,13 @@ _HELP = {
 }
 
 
+def add_profile(parser: argparse._ActionsContainer) -> argparse.Action:
+    """Adds --profile."""
+    return parser.add_argument(
+        "--profile", action="store_true", help="print at the end what ran where, to stderr"
+    )
+
+
 def add_options(parser: argparse._ActionsContainer, *names: str) -> list[argparse.Action]:
     """Adds --mode, --precision, --compile or some of them; what is not given is None.
 

@@ -13,8 +13,8 @@ BEGIN = "<!-- matrix: written by `make matrix` from compat/results; edits are lo
 END = "<!-- /matrix -->"
 NONE = "–"
 CALLS = (
-    "A test of parity in which a call goes to PyTorch fails, unless it is marked as one about it: "
-    "such tests made the calls on PyTorch counted here."
+    "A parity test fails if any call falls back to PyTorch, unless it is a test of fallback: those "
+    "made the calls on PyTorch counted here."
 )
 SHOWN = ("python", "openai-whisper", "torch", "max")
 

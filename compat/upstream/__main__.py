@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ SOURCES = ROOT / ".cache" / "sources"
 
 def main() -> int:
     """Returns pytest's exit status, and 1 where the two runs differ."""
+    argparse.ArgumentParser(prog="python -m compat.upstream", description=__doc__).parse_args()
     release = version("openai-whisper")
     try:
         tests = tests_of(release, SOURCES)

@@ -8,6 +8,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from ..dimensions_of import dimensions_of
+from . import COMMANDS
 from .errors import CommandError, Parser
 from .remedies import install_command
 
@@ -34,7 +35,9 @@ def _problem_with(path: str) -> str | None:
     if not os.path.exists(path):
         # ffmpeg also takes addresses, "https://…" or "concat:a|b", and "-" for its input.
         is_address = path == "-" or re.match(r"[a-z][a-z0-9+.-]+:", path, flags=re.IGNORECASE)
-        return None if is_address else f"no such file: {path}"
+        is_word = re.fullmatch(r"[a-z]+", path)  # a mistyped command, perhaps
+        commands = f" (and no command; those are {', '.join(COMMANDS)})" if is_word else ""
+        return None if is_address else f"no such file: {path}{commands}"
     if os.path.isdir(path):
         return f"{path} is a folder, not an audio file"
     if not os.access(path, os.R_OK):

@@ -23,7 +23,7 @@ from urllib.error import URLError
 import whisper_max
 
 from ..conditions import UnsupportedByMax
-from ..options import add_options
+from ..options import add_options, add_profile
 from ..settings import Settings
 from . import OVERVIEW
 from .errors import FAILED, CommandError, Parser, first_line, import_whisper
@@ -103,9 +103,7 @@ class UpstreamParser(Parser):
         ours = self.add_argument_group("options of whisper_max")
         added = [
             *add_options(ours),
-            ours.add_argument(
-                "--profile", action="store_true", help="print at the end what ran where, to stderr"
-            ),
+            add_profile(ours),
         ]
         self._ours = added
         options = vars(super().parse_args(self.arguments))
