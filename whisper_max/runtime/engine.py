@@ -217,6 +217,8 @@ class Selection:
         self._rules = np.zeros((rows, 5), np.int32)
         self.tokens = Buffer.from_numpy(self._tokens)
         self.rules = Buffer.from_numpy(self._rules)
+        self.rows = rows
+        self.operands: tuple[Buffer, ...] | None = None  # of the step, once it has been made
 
     def at(self, tokens: list[int], rules: list[list[int]]) -> None:
         """The step's tokens, one of each row, and the rules for what may follow them."""
@@ -297,11 +299,15 @@ def decoder_select(
     Returns log probabilities, float32, and tokens, int32, both (rows, selection.count), the most
     likely first.
     """
-    operands = _operands(engine, state, selection.tokens, selection.every_row, scores)
-    choice = (selection.mask, selection.rules, selection.ranks)
-    logprobs, best = engine.execute("decoder_select", *operands, *choice, *weights)
+    if selection.operands is None:
+        operands = _operands(engine, state, selection.tokens, selection.every_row, scores)
+        choice = (selection.mask, selection.rules, selection.ranks)
+        selection.operands = (*operands, *choice, *weights)
+    else:  # the same buffers, with other contents
+        state.take(selection.rows, 1)
+    logprobs, best = engine.execute("decoder_select", *selection.operands)
     state.length += 1
-    return logprobs.to_numpy(), best.to_numpy()
+    return np.from_dlpack(logprobs), np.from_dlpack(best)
 
 
 def _operands(
