@@ -221,7 +221,7 @@ def test_truncated_checkpoint(tmp_path, kept):
         ("mode", "fast", "'auto', 'strict', 'shadow', 'off'"),
         ("precision", "fp8", "'high', 'highest', 'medium', 'int8'"),
         ("compile", "later", "'background', 'blocking', 'cached'"),
-        ("device", "tpu", "None, 'cpu', 'cuda'"),
+        ("device", "tpu", "'cpu', 'cuda'"),
         ("targets", ["vad"], "'encoder', 'decoder', 'inference', 'decoding_loop', 'alignment'"),
     ],
 )
