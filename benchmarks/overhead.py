@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from .party import Party
 from .peers import PEER
-from .peers.interface import NotOffered
-from .results import NOT_OFFERED, Overhead
+from .results import Overhead
 from .scenarios import FORCED_TOKENS, Scenario
 from .worker_process import PeerFailed
 
@@ -13,23 +12,21 @@ BEAMS = (1, 5)
 WARM_UP_TOKENS = 4
 
 
-def measure_overhead(party: Party, rounds: int, tokens: int = FORCED_TOKENS) -> list[Overhead]:
-    """Every member that runs on MAX decodes a window to so many tokens, greedily and with beams."""
+def measure_overhead(party: Party, rounds: int) -> list[Overhead]:
+    """Every member that runs on MAX decodes windows, greedily and with beams."""
     found = []
     for (peer, _), worker in party.workers.items():
         if not PEER[peer].ours:
             continue
         for beams in BEAMS:
             one = Overhead(party.model, peer, beams)
-            arguments = {"tokens": tokens, "beams": beams}
+            arguments = {"tokens": FORCED_TOKENS, "beams": beams}
             scenario = Scenario(
                 "overhead", peer, "overhead", arguments, warm_up={"tokens": WARM_UP_TOKENS}
             )
             try:
                 worker.prepare(scenario)
                 one.samples = [round(worker.run().seconds, 7) for _ in range(rounds)]
-            except NotOffered as reason:
-                one.missing = f"{NOT_OFFERED}: {reason}"
             except PeerFailed as failed:
                 one.missing = f"failed: {failed}"
             found.append(one)

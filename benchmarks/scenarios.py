@@ -69,7 +69,7 @@ SCENARIOS = (
         "recordings",
         "the bundled recordings, one by one",
         "recordings",
-        {"beams": 1, "words": False},
+        {"beams": 1},
         trained=True,
         rounds=5,
         seconds=20.0,

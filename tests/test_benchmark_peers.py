@@ -80,7 +80,7 @@ def test_recordings_are_transcribed_one_by_one(setup):
             assert (beams, words) == (1, False)
             return lambda: Outcome(0.5, [[1], [2]], audio)
 
-    outcome = Clock(setup).recordings(beams=1, words=False)()
+    outcome = Clock(setup).recordings(beams=1)()
     names = setup.inputs.bundled
     assert outcome.seconds == 0.5 * len(names) > 5
     assert outcome.tokens == [[1], [2]] * len(names)

@@ -93,11 +93,11 @@ def test_a_model_of_a_gpu_needs_two_artifacts_of_its_own(compiled, monkeypatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
 
-    def place(device):
+    def found(device):
         assert device == torch.device("cuda", 1)
         return MaxDevice(device, CPU(), "cuda:sm_80")
 
-    monkeypatch.setattr(devices, "cuda_device", place)
+    monkeypatch.setattr(devices, "cuda_device", found)
     assert main(["compile", "--device", "cuda", "tiny", "turbo"]) == 0
     parts = ["encoder-384x4", "decoder-384x4", "encoder-1280x32", "decoder-1280x4"]
     labels = [f"gpu-{part}-float16" for part in parts]

@@ -96,7 +96,7 @@ class Step:
 
 
 class Capturing(MaxDevice):
-    """A place that captures, on the CPU."""
+    """A device that captures, on the CPU."""
 
     captures = True
 

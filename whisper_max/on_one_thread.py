@@ -60,7 +60,7 @@ class _Decode(threading.local):
     """The decode that a thread is in: what ends with it."""
 
     ends: ExitStack | None = None
-    held = 0
+    held = False
 
 
 _decode = _Decode()
@@ -71,7 +71,7 @@ def decode() -> Iterator[None]:
     """Around a decode, inside which `hold` has an effect, and at whose end `release`."""
     outer, outer_held = _decode.ends, _decode.held
     with ExitStack() as ends:
-        _decode.ends, _decode.held = ends, 0
+        _decode.ends, _decode.held = ends, False
         try:
             yield
         finally:
@@ -84,14 +84,14 @@ def hold() -> None:
     Without effect outside of `decode`, where nobody would end it.
     """
     if _decode.ends is not None and not _decode.held:
-        _decode.held = torch.get_num_threads()
+        _decode.held = True
         _decode.ends.enter_context(only_this_thread())
 
 
 def release() -> None:
     """Ends `hold`."""
     if _decode.held:
-        _decode.held = 0
+        _decode.held = False
         _decode.ends.close()
 
 
@@ -101,7 +101,7 @@ def interrupted() -> Iterator[None]:
 
     Not for two threads: whisper-timestamped's hooks took a seventh longer with base then.
     """
-    held = _decode.held > 2
+    held = _decode.held and pytorch_threads() > 2
     if held:
         release()
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,11 +99,10 @@ def foreign_filters(filters: Sequence[LogitFilter]) -> list[str]:
         for f in filters
         if type(f) not in (SuppressBlank, SuppressTokens, ApplyTimestampRules)
         or has_replaced(f, "apply", "whisper.decoding")
-        or (type(f) is SuppressTokens and not all(type(t) is int for t in _listed(f)))
+        or (type(f) is SuppressTokens and not _are_tokens(f.suppress_tokens))
     ]
 
 
-def _listed(suppress: SuppressTokens) -> Iterable[object]:
-    """The tokens of a filter; whatever else PyTorch takes for an index is left to PyTorch."""
-    tokens = suppress.suppress_tokens
-    return tokens if isinstance(tokens, (list, tuple)) else (None,)
+def _are_tokens(index: object) -> bool:
+    """Whether an index is a list of tokens; what else PyTorch takes for one is left to PyTorch."""
+    return isinstance(index, (list, tuple)) and all(type(token) is int for token in index)

@@ -86,9 +86,9 @@ class Peer:
         """Times transcribing a recording of `inputs`, mel spectrogram and language included."""
         raise NotOffered("it does not transcribe by itself")
 
-    def recordings(self, beams: int, words: bool) -> Operation:
+    def recordings(self, beams: int) -> Operation:
         """Times transcribing the bundled recordings, one call of `speech` for each."""
-        calls = [self.speech(name, beams, words) for name in self.setup.inputs.bundled]
+        calls = [self.speech(name, beams, words=False) for name in self.setup.inputs.bundled]
 
         def run() -> Outcome:
             outcomes = [call() for call in calls]
