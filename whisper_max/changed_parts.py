@@ -80,7 +80,7 @@ _SETTINGS = {
     "GELU": {"approximate": "none"},
     "LayerNorm": {"eps": 1e-5, "elementwise_affine": True},
 }
-_METHODS = ("forward", "qkv_attention", "_conv_forward")
+_METHODS = frozenset({"forward", "qkv_attention", "_conv_forward"})
 _CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 """By which `torch.nn.Module` comes to a forward."""
 _FUNCTIONS = ("linear", "conv1d", "gelu", "layer_norm", "softmax", "embedding")
@@ -144,7 +144,7 @@ def only_listens(part: nn.Module) -> bool:
     Read in stable-ts 2.19.1 and whisper-timestamped 1.15.9. `listeners` calls them.
     """
     own = vars(part)
-    return not any(own.get(hooks) for hooks in _OTHER_HOOKS) and all(
+    return not any(map(own.get, _OTHER_HOOKS)) and all(
         isinstance(hook, FunctionType)
         and str(hook.__globals__.get("__name__")).partition(".")[0] in _LISTENERS
         for hook in own["_forward_hooks"].values()
@@ -231,10 +231,9 @@ def _change(
     if (where := f"{cls.__module__}.{cls.__qualname__}") != part.cls:
         return f"{name} was replaced by {where}"
     own = vars(child)
-    if any(own.get(hooks) for hooks in HOOKS) and not (part.heard and only_listens(child)):
+    if any(map(own.get, HOOKS)) and not (part.heard and only_listens(child)):
         return f"{name} has hooks"
-    changed = next((method for method in _METHODS if method in own), None)
-    changed = changed or _changed_method(cls, classes)
+    changed = next(iter(own.keys() & _METHODS), None) or _changed_method(cls, classes)
     if changed:
         return f"{name}.{changed} was replaced"
     if "parametrizations" in child._modules:

@@ -165,19 +165,22 @@ def _greedy(
     rules, eot = Rules.of(task), task.decoder.eot
     rows = tokens.tolist()
     selection = session.selection(rules.suppressed, rules.n_vocab, 1)
+    summands = [[total] for total in sums]
     for _ in range(1, task.sample_len):
         last = [row[-1] for row in rows]
         logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
         added = logprobs.tolist()
         _refuse_not_a_number(added)
-        for i, (row, (token,)) in enumerate(zip(rows, best.tolist())):
+        for row, (token,), (logprob,), of_row in zip(rows, best.tolist(), added, summands):
             if row[-1] == eot:
-                row.append(eot)
-                continue
-            sums[i] += added[i][0]
+                token = eot
+            else:
+                of_row.append(logprob)
             row.append(token)
         if all(row[-1] == eot for row in rows) or len(rows[0]) > task.n_ctx:
             break
+    # One after the other in float32, as upstream adds them.
+    sums[:] = [np.add.accumulate(of_row, dtype=np.float32)[-1] for of_row in summands]
     return torch.tensor(rows, device=tokens.device)
 
 

@@ -93,16 +93,17 @@ def decoder_select(
     mask, shape = (n_vocab,), float32
     rules, shape = (rows, 5), int32
         see kernels/select.mojo for both
-    ranks, shape = (k,), int32
-        only its shape is read
-    and the weights. Returns log probabilities, float32, and tokens, int32, both (wanted, k).
+    logprobs, float32, and best, int32, both of shape (wanted, k)
+        filled with the k most likely tokens of each row, and their log probabilities
+    and the weights. Returns nothing: to wrap two results costs more than all else in Python.
     """
     weights = dict(inputs(DECODER, storage, device))
     types = [
         *decoder_types(storage, device),
         TensorType(DType.float32, ("vocabulary",), device),
         TensorType(DType.int32, ("rule_rows", "rule"), device),
-        TensorType(DType.int32, ("k",), device),
+        BufferType(DType.float32, ("wanted", "k"), device),
+        BufferType(DType.int32, ("wanted", "k"), device),
     ]
     graph = Graph(
         "decoder_select",
@@ -112,11 +113,12 @@ def decoder_select(
     )
     with graph:
         operands, tensors = graph.inputs[: len(types)], graph.inputs[len(types) :]
-        mask, rules, ranks = (value.tensor for value in operands[-3:])
+        threads, mask, rules, logprobs, best = operands[-5:]
         named = dict(zip(weights, (value.tensor for value in tensors)))
-        layer = Layers(named, operands[-4].tensor, storage, device)
-        logits, *_ = _decode(layer, operands[:-3], (0, 0, 0))
-        graph.output(*layer.select(logits, mask, rules, ranks.shape[0]))
+        layer = Layers(named, threads.tensor, storage, device)
+        logits, *_ = _decode(layer, operands[:-5], (0, 0, 0))
+        layer.select(logits, mask.tensor, rules.tensor, logprobs.buffer, best.buffer)
+        graph.output()
     return graph
 
 

@@ -83,7 +83,7 @@ class Layers:
         channels = x.shape[1 if channels_first else 2]
         return self._custom(
             "whisper_conv_patches",
-            [x],
+            [x, self.threads],
             (x.shape[0], frames, 3 * channels),
             channels_first=channels_first,
             stride=stride,
@@ -92,7 +92,7 @@ class Layers:
     def layer_norm(self, x: TensorValue, name: str) -> TensorValue:
         """LayerNorm over the last axis of x, shape = (batch, length, n_state)."""
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
-        return self._custom("whisper_layer_norm", [x, weight, bias], x.shape)
+        return self._custom("whisper_layer_norm", [x, weight, bias, self.threads], x.shape)
 
     def encoder_blocks(self, x: TensorValue) -> TensorValue:
         """All residual attention blocks of the encoder; x, shape = (batch, frames, n_state)."""
@@ -190,23 +190,25 @@ class Layers:
         return self._custom("whisper_take_rows", [x, rows], (rows.shape[0], 1, x.shape[2]))
 
     def select(
-        self, logits: TensorValue, mask: TensorValue, rules: TensorValue, count: DimLike
-    ) -> tuple[TensorValue, TensorValue]:
-        """The `count` most likely tokens of each row under the decoding rules.
+        self,
+        logits: TensorValue,
+        mask: TensorValue,
+        rules: TensorValue,
+        logprobs: BufferValue,
+        best: BufferValue,
+    ) -> None:
+        """Writes the most likely tokens of each row under the decoding rules, and how likely.
 
         logits, shape = (rows, 1, n_vocab); mask, (n_vocab,); rules, (rows, 5): kernels/select.mojo
 
-        Returns log probabilities, float32, and tokens, int32, both (rows, count).
+        logprobs, float32, and best, int32, both (rows, k)
         """
-        shape = (logits.shape[0], count)
-        logprobs, tokens = ops.custom(
+        ops.inplace_custom(
             "whisper_select",
             self.device,
-            [logits, mask, rules],
-            [self._type(shape), TensorType(DType.int32, shape, self.device)],
+            [logprobs, best, logits, mask, rules, self.threads],
             parameters={"width": self.storage.width},
         )
-        return logprobs.tensor, tokens.tensor
 
     def _operands(self, parameters: tuple[Parameter, ...]) -> list[TensorValue]:
         parts = {"linear": ("weight", "scale", "bias"), "norm": ("weight", "bias")}

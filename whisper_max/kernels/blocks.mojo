@@ -19,7 +19,6 @@ from .attention import (
 from .gemm import F32, PANEL, Bytes, Floats, Packed, copy, raw, tile_rows
 from .phases import Phases, team_size
 from .norm import Norm
-from .products import PackedRows, Panel
 from .projection import FEW_ROWS, PACKED_ROWS, PROJECT_PHASES, Projection, project
 
 comptime QUERY_ROWS = 192
@@ -41,6 +40,37 @@ def norm_of(
     )
 
 
+@fieldwise_init
+struct Weights[type: DType](ImplicitlyCopyable):
+    """The packed weights of one projection, stacked over the layers."""
+
+    var weight: Packed[Self.type]
+    var scale: Floats
+    var bias: Floats
+    var layer_size: Int
+    """Weights of a layer, the filled up ones of its last panel among them."""
+    var length: Int
+    var columns: Int
+    var scaled: Bool
+
+    @staticmethod
+    def of(
+        weight: InputTensor[dtype=Self.type, rank=4, ...],
+        scale: InputTensor[dtype=F32, rank=2, ...],
+        bias: InputTensor[dtype=F32, rank=2, ...],
+    ) -> Self:
+        """A graph's operands: (layers, panels, in, 32), and twice (layers, out)."""
+        return Self(
+            weight=raw(weight.unsafe_ptr()),
+            scale=raw(scale.unsafe_ptr()),
+            bias=raw(bias.unsafe_ptr()),
+            layer_size=weight.dim_size(1) * weight.dim_size(2) * PANEL,
+            length=weight.dim_size(2),
+            columns=bias.dim_size(1),
+            scaled=scale.dim_size(1) == bias.dim_size(1),
+        )
+
+
 @always_inline
 def linear[
     type: DType, //, width: Int, product: DType, tiles: Bool
@@ -48,9 +78,7 @@ def linear[
     output: Floats,
     x: Floats,
     rows: Int,
-    weight: InputTensor[dtype=type, rank=4, ...],
-    scale: InputTensor[dtype=F32, rank=2, ...],
-    bias: InputTensor[dtype=F32, rank=2, ...],
+    weights: Weights[type],
     layer: Int,
     norm: Norm,
     *,
@@ -59,25 +87,21 @@ def linear[
     packs_output: Bool = False,
 ) -> Projection[type, width, product, tiles]:
     """The projection of one layer; `residual` adds to what the output holds."""
-    var length = weight.dim_size(2)
-    var columns = bias.dim_size(1)
     return Projection[type, width, product, tiles](
-        output,
-        x,
-        raw(weight.unsafe_ptr()).unsafe_offset(
-            layer * weight.dim_size(1) * length * weight.dim_size(3)
-        ),
-        raw(scale.unsafe_ptr()).unsafe_offset(layer * scale.dim_size(1)),
-        raw(bias.unsafe_ptr()).unsafe_offset(layer * columns),
-        output,
-        norm,
-        rows,
-        length,
-        columns,
-        rows if residual else 0,
-        scale.dim_size(1) == columns,
-        gelu,
-        packs_output,
+        output=output,
+        x=x,
+        weight=weights.weight.unsafe_offset(layer * weights.layer_size),
+        scale=weights.scale.unsafe_offset(layer * weights.columns if weights.scaled else 0),
+        bias=weights.bias.unsafe_offset(layer * weights.columns),
+        residual=output,
+        norm=norm,
+        rows=rows,
+        length=weights.length,
+        columns=weights.columns,
+        residual_rows=rows if residual else 0,
+        scaled=weights.scaled,
+        gelu=gelu,
+        packs_output=packs_output,
     )
 
 
@@ -134,9 +158,8 @@ struct EncoderBlocks:
         # only multiplied, go where packed rows are.
         var direct = Left.stored == F32 and rows > FEW_ROWS
         # The hidden layer (4n) takes the place of qkv (3n) and the attended values (n).
-        var hidden_bytes = Left.bytes(rows, 4 * n) if direct else 0
         var hidden = unsafe_alloc[Float32](
-            max(rows * 4 * n, ceildiv(hidden_bytes, size_of[Float32]())), alignment=64
+            Left.bytes(rows, 4 * n) // size_of[Float32]() if direct else rows * 4 * n, alignment=64
         )
         var packed_hidden = Bytes(unsafe_from_address=Int(hidden))
         var attended = hidden.unsafe_offset(rows * 3 * n)
@@ -146,6 +169,10 @@ struct EncoderBlocks:
             Layer.packed_bytes(rows, n if direct else 4 * n), alignment=64
         )
         var memory = raw(packed)
+        var qkv = Weights[type].of(qkv_weight, qkv_scale, qkv_bias)
+        var attn_out = Weights[type].of(out_weight, out_scale, out_bias)
+        var mlp_0 = Weights[type].of(mlp_0_weight, mlp_0_scale, mlp_0_bias)
+        var mlp_2 = Weights[type].of(mlp_2_weight, mlp_2_scale, mlp_2_bias)
         var phases = Phases((4 * PROJECT_PHASES + 2) * layers)
         # Whole tiles, but for the last of a window.
         var query_tiles = ceildiv(frames, tile_rows[width]())
@@ -183,19 +210,18 @@ struct EncoderBlocks:
             var stride = n
             comptime if Left.stored == F32:
                 if direct:
-                    var column_of_all = Left.at(memory, rows, n).column(column)
+                    to = Left.at(memory, rows, n).floats(row, column)
                     stride = Left.stride
-                    to = Floats(unsafe_from_address=Int(column_of_all)).unsafe_offset(row * stride)
             Attention[attention, width, tiles](
-                to,
-                stride,
-                hidden.unsafe_offset(row * 3 * n + column),
-                3 * n,
-                keys.unsafe_offset(head * head_size(frames)),
-                values.unsafe_offset(head * head_size(frames)),
-                frames,
-                attended,
-                False,
+                output=to,
+                output_stride=stride,
+                query=hidden.unsafe_offset(row * 3 * n + column),
+                query_stride=3 * n,
+                keys=keys.unsafe_offset(head * head_size(frames)),
+                values=values.unsafe_offset(head * head_size(frames)),
+                frames=frames,
+                raw_scores=attended,
+                wants_scores=False,
             ).run(end - begin)
 
         def worker(
@@ -211,21 +237,18 @@ struct EncoderBlocks:
                 var attn_ln = norm_of(attn_ln_weight, attn_ln_bias, layer)
                 var mlp_ln = norm_of(mlp_ln_weight, mlp_ln_bias, layer)
                 project(phase, team, linear[width, product, tiles](
-                    hidden, stream, rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln
+                    hidden, stream, rows, qkv, layer, attn_ln
                 ), memory)
                 phase.run(batch * heads, pack)
                 phase.run(batch * heads * query_blocks, attend)
                 project(phase, team, linear[width, product, tiles](
-                    stream, attended, rows, out_weight, out_scale, out_bias, layer, none,
-                    residual=True,
+                    stream, attended, rows, attn_out, layer, none, residual=True
                 ), memory, is_packed=direct)
                 project(phase, team, linear[width, product, tiles](
-                    hidden, stream, rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer, mlp_ln,
-                    gelu=True, packs_output=direct,
+                    hidden, stream, rows, mlp_0, layer, mlp_ln, gelu=True, packs_output=direct
                 ), memory)
                 project(phase, team, linear[width, product, tiles](
-                    stream, hidden, rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none,
-                    residual=True,
+                    stream, hidden, rows, mlp_2, layer, none, residual=True
                 ), of_hidden, is_packed=direct)
 
         sync_parallelize(worker, team)
@@ -314,7 +337,6 @@ struct DecoderBlocks:
         var windows = cross_keys.dim_size(1)
         var group = (rows // windows) * tokens
         var head_elements = cross_keys.dim_size(3)
-        var offset = Int(position.unsafe_ptr().unsafe_load())
         var frames = Int(position.unsafe_ptr().unsafe_offset(1).unsafe_load())
         var score_size = all_rows * padded(frames)
         var team = team_size(threads)
@@ -334,17 +356,23 @@ struct DecoderBlocks:
             Projection[type, width, product, tiles].packed_bytes(all_rows, 4 * n), alignment=64
         )
         var memory = raw(packed)
+        var qkv = Weights[type].of(qkv_weight, qkv_scale, qkv_bias)
+        var attn_out = Weights[type].of(out_weight, out_scale, out_bias)
+        var cross_query = Weights[type].of(cross_query_weight, cross_query_scale, cross_query_bias)
+        var cross_out = Weights[type].of(cross_out_weight, cross_out_scale, cross_out_bias)
+        var mlp_0 = Weights[type].of(mlp_0_weight, mlp_0_scale, mlp_0_bias)
+        var mlp_2 = Weights[type].of(mlp_2_weight, mlp_2_scale, mlp_2_bias)
         var phases = Phases((6 * PROJECT_PHASES + 4) * layers)
         var self_attention = SelfAttention[width](
-            attended,
-            hidden,
-            raw(self_cache.unsafe_ptr()),
-            raw(source.unsafe_ptr()),
-            self_cache.dim_size(2),
-            heads,
-            self_cache.dim_size(4),
-            offset,
-            tokens,
+            output=attended,
+            qkv=hidden,
+            cache=raw(self_cache.unsafe_ptr()),
+            source=raw(source.unsafe_ptr()),
+            cache_rows=self_cache.dim_size(2),
+            heads=heads,
+            context=self_cache.dim_size(4),
+            offset=Int(position.unsafe_ptr().unsafe_load()),
+            tokens=tokens,
         )
         var cache_size = 2 * self_attention.cache_rows * heads * self_attention.context * HEAD_DIM
 
@@ -385,47 +413,42 @@ struct DecoderBlocks:
                     var packed = ((layer * windows + window) * heads + head) * head_elements
                     var slot = Int(slots.unsafe_offset(layer * heads + head).unsafe_load())
                     Attention[cache_type, width, False](
-                        attended.unsafe_offset(at),
-                        n,
-                        hidden.unsafe_offset(at),
-                        n,
-                        keys.unsafe_offset(packed),
-                        values.unsafe_offset(packed),
-                        frames,
-                        scores.unsafe_offset(
+                        output=attended.unsafe_offset(at),
+                        output_stride=n,
+                        query=hidden.unsafe_offset(at),
+                        query_stride=n,
+                        keys=keys.unsafe_offset(packed),
+                        values=values.unsafe_offset(packed),
+                        frames=frames,
+                        raw_scores=scores.unsafe_offset(
                             max(slot, 0) * score_size + window * group * padded(frames)
                         ),
-                        slot >= 0,
+                        wants_scores=slot >= 0,
                     ).run(group)
 
                 project(phase, team, linear[width, product, tiles](
-                    hidden, stream, all_rows, qkv_weight, qkv_scale, qkv_bias, layer, attn_ln
+                    hidden, stream, all_rows, qkv, layer, attn_ln
                 ), memory)
                 phase.run(rows * heads, attend)
                 project(phase, team, linear[width, product, tiles](
-                    stream, attended, all_rows, out_weight, out_scale, out_bias, layer, none,
-                    residual=True,
+                    stream, attended, all_rows, attn_out, layer, none, residual=True
                 ), memory)
                 if keeps:
                     keep[width](phase, stream, kept, 2 * layer, stream_size)
                 project(phase, team, linear[width, product, tiles](
-                    hidden, stream, all_rows, cross_query_weight, cross_query_scale,
-                    cross_query_bias, layer, cross_ln,
+                    hidden, stream, all_rows, cross_query, layer, cross_ln
                 ), memory)
                 phase.run(windows * heads, cross_attend)
                 project(phase, team, linear[width, product, tiles](
-                    stream, attended, all_rows, cross_out_weight, cross_out_scale, cross_out_bias,
-                    layer, none, residual=True,
+                    stream, attended, all_rows, cross_out, layer, none, residual=True
                 ), memory)
                 if keeps:
                     keep[width](phase, stream, kept, 2 * layer + 1, stream_size)
                 project(phase, team, linear[width, product, tiles](
-                    hidden, stream, all_rows, mlp_0_weight, mlp_0_scale, mlp_0_bias, layer,
-                    mlp_ln, gelu=True,
+                    hidden, stream, all_rows, mlp_0, layer, mlp_ln, gelu=True
                 ), memory)
                 project(phase, team, linear[width, product, tiles](
-                    stream, hidden, all_rows, mlp_2_weight, mlp_2_scale, mlp_2_bias, layer, none,
-                    residual=True,
+                    stream, hidden, all_rows, mlp_2, layer, none, residual=True
                 ), memory)
 
         sync_parallelize(worker, team)
@@ -471,12 +494,14 @@ struct CrossKV:
         var x = raw(features.unsafe_ptr())
         var to_keys = raw(keys.unsafe_ptr())
         var to_values = raw(values.unsafe_ptr())
-        comptime Left = PackedRows[product, width, tiles]
+        comptime Layer = Projection[type, width, product, tiles]
+        comptime Left = Layer.Left
         # Windows begin with whole tiles, so that tiles are of one window.
         var window_rows = align_up(frames, Left.at_once)
         var packed = unsafe_alloc[UInt8](Left.bytes(windows * window_rows, n), alignment=64)
         var left = Left.at(raw(packed), windows * window_rows, n)
         var blocks = ceildiv(frames, Left.rows_in_cache)
+        var kv = Weights[type].of(kv_weight, kv_scale, kv_bias)
         var phases = Phases(2)
 
         def worker(
@@ -488,9 +513,8 @@ struct CrossKV:
             var phase = phases
             var none = Norm(x, x, 0)
             var projected = unsafe_alloc[Float32](Left.rows_in_cache * HEAD_DIM, alignment=64)
-            comptime Right = Panel[product, width, tiles]
-            var panel_of_worker = unsafe_alloc[UInt8](Right.bytes, alignment=64)
-            var right = Right.at(raw(panel_of_worker))
+            var panel_of_worker = unsafe_alloc[UInt8](Layer.Right.bytes, alignment=64)
+            var right = Layer.Right.at(raw(panel_of_worker))
 
             @always_inline
             def pack(
@@ -523,7 +547,7 @@ struct CrossKV:
                 var head = chunk % heads
                 comptime panels = HEAD_DIM // PANEL
                 var part = linear[width, product, tiles](
-                    x, x, rows, kv_weight, kv_scale, kv_bias, layer, none
+                    x, x, rows, kv, layer, none
                 ).panels_from((of_values * heads + head) * panels, panels, projected)
                 comptime for panel in range(panels):
                     part.block(left, right, window * window_rows + first, 0, rows, panel)

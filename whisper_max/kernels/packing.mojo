@@ -5,11 +5,10 @@ from std.math import ceildiv
 import extensibility
 from extensibility import InputTensor, OutputTensor
 from extensibility import _MutableInputTensor as MutableInputTensor
-from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 
 from .gemm import F32, PANEL, Floats, Packed, raw
-from .phases import Phases, team_size
+from .phases import in_one_phase, team_size
 
 comptime LINES = 16
 """Numbers of 32 rows that are turned around at a time: a cache line of each row."""
@@ -181,15 +180,8 @@ struct Pack:
             ceildiv(part_panels, share),
         )
         var chunks = sources.dim_size(0) * layers.parts * layers.shares
-        var phases = Phases(1)
 
-        def worker(index: Int) {var phases, var layers, var chunks, imm}:
-            var phase = phases
+        def pack(chunk: Int) {var layers}:
+            layers.pack(chunk)
 
-            def pack(chunk: Int) {var layers}:
-                layers.pack(chunk)
-
-            phase.run(chunks, pack)
-
-        sync_parallelize(worker, team_size(threads))
-        phases.free()
+        in_one_phase(chunks, team_size(threads), pack)

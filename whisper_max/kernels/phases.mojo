@@ -69,6 +69,18 @@ struct Phases(ImplicitlyCopyable):
         self.phase += 1
 
 
+def in_one_phase[Work: def(Int) -> None](chunks: Int, team: Int, work: Work):
+    """An op of a single phase: `work(chunk)` for each of `chunks`, by `team` workers at most."""
+    var phases = Phases(1)
+
+    def worker(index: Int) {var phases, var chunks, imm}:
+        var phase = phases
+        phase.run(chunks, work)
+
+    sync_parallelize(worker, min(team, chunks))
+    phases.free()
+
+
 def team_size(limit: InputTensor[dtype=DType.int32, rank=1, ...]) -> Int:
     """Workers of one op: the thread pool's, as many as `limit[0]` allows.
 

@@ -219,10 +219,12 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         return min(block * self.length_of_blocks(), self.length)
 
     @always_inline
-    def column(self, column: Int) -> Packed[Self.stored]:
-        """Where a column of row 0 stands; other rows do at a distance of `stride`."""
+    def floats(self, row: Int, column: Int) -> Floats:
+        """Where float32 numbers of a row stand, from a column on to the end of its block."""
+        comptime assert Self.stored == F32
         var length = self.length_of_blocks()
-        return self.row(column // length, 0).unsafe_offset(column % length)
+        var at = self.row(column // length, row).unsafe_offset(column % length)
+        return Floats(unsafe_from_address=Int(at))
 
     @always_inline
     def row(self, block: Int, row: Int) -> Packed[Self.stored]:

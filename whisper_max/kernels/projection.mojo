@@ -63,6 +63,27 @@ def gelu[width: Int](x: SIMD[F32, width]) -> SIMD[F32, width]:
 
 
 @fieldwise_init
+struct OutputTile(ImplicitlyCopyable):
+    """A panel's columns of some rows of an output, `stride` apart."""
+
+    var at: Floats
+    var stride: Int
+
+    @always_inline
+    def row(self, number: Int) -> Floats:
+        return self.at.unsafe_offset(number * self.stride)
+
+    @always_inline
+    def fetch(self, rows: Int):
+        """Asks for what will be written when a tile is computed: it has left the cache long ago."""
+        for r in range(rows):
+            comptime for i in range(0, PANEL, CACHE_LINE // size_of[Float32]()):
+                prefetch[PrefetchOptions().for_write().high_locality().to_data_cache()](
+                    self.row(r).unsafe_offset(i)
+                )
+
+
+@fieldwise_init
 struct Projection[type: DType, width: Int, product: DType, tiles: Bool](ImplicitlyCopyable):
     """One linear layer: its operands, and the work on one chunk of its output.
 
@@ -189,7 +210,8 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                 sums.unsafe_offset(
                     (i // 2) * PANEL + (2 * part + i % 2) * Self.width
                 ).unsafe_store(vectors[i])
-        self.finish(raw(sums), row, rows, panel * PANEL, True, True)
+        var column = panel * PANEL
+        self.finish(raw(sums), self.output_at(row, column), row, rows, column, True, True)
 
     def block(
         self,
@@ -218,55 +240,43 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
             right.load(self.weight.unsafe_offset((panel * self.length + begin) * PANEL), length)
             for row in range(first_row, last_row, at_once):
                 var rows = min(at_once, last_row - row)
-                self.fetch_output(row, rows, column)
+                var to = self.output_at(row, column)
+                to.fetch(rows)
                 right.multiply(left, block, shift + row, length, raw(sums))
-                self.finish(raw(sums), row, rows, column, block == 0, block == blocks - 1)
+                self.finish(raw(sums), to, row, rows, column, block == 0, block == blocks - 1)
         comptime if Self.tiles:
             end_tiles()
 
     @always_inline
-    def output_at(self, row: Int, column: Int) -> Floats:
-        """Where an output stands; those of the next rows do at a distance of `output_stride`."""
+    def output_at(self, row: Int, column: Int) -> OutputTile:
+        """Where a row's outputs from a column on stand, and those of the rows below."""
         comptime if Self.Left.stored == F32:
             if self.packs_output:
                 var memory = Bytes(unsafe_from_address=Int(self.output))
                 var packed = Self.Left.at(memory, self.rows, self.columns)
-                var at = Floats(unsafe_from_address=Int(packed.column(column)))
-                return at.unsafe_offset(row * Self.Left.stride)
-        return self.output.unsafe_offset(row * self.columns + column)
+                return OutputTile(packed.floats(row, column), Self.Left.stride)
+        return OutputTile(self.output.unsafe_offset(row * self.columns + column), self.columns)
 
-    @always_inline
-    def output_stride(self) -> Int:
-        comptime if Self.Left.stored == F32:
-            if self.packs_output:
-                return Self.Left.stride
-        return self.columns
-
-    @always_inline
-    def fetch_output(self, row: Int, rows: Int, column: Int):
-        """Asks for what will be written when a tile is computed: it has left the cache long ago."""
-        var to = self.output_at(row, column)
-        var stride = self.output_stride()
-        for r in range(rows):
-            var at = to.unsafe_offset(r * stride)
-            comptime for i in range(0, PANEL, CACHE_LINE // size_of[Float32]()):
-                prefetch[PrefetchOptions().for_write().high_locality().to_data_cache()](
-                    at.unsafe_offset(i)
-                )
-
-    def finish(self, sums: Floats, row: Int, rows: Int, column: Int, first: Bool, last: Bool):
+    def finish(
+        self,
+        sums: Floats,
+        to: OutputTile,
+        row: Int,
+        rows: Int,
+        column: Int,
+        first: Bool,
+        last: Bool,
+    ):
         """Finishes the sums of some rows and a panel, which may be cut off.
 
         A whole panel at once: its vectors' long chains of operations overlap.
         """
         var ends = last and self.gelu
-        var to = self.output_at(row, column)
-        var stride = self.output_stride()
         if column + PANEL > self.columns:
             for r in range(rows):
                 for i in range(self.columns - column):
                     var sum = sums.unsafe_offset(r * PANEL + i)
-                    var at = to.unsafe_offset(r * stride + i)
+                    var at = to.row(r).unsafe_offset(i)
                     if ends:
                         self.store[1, True](sum, at, row + r, column + i, first)
                     else:
@@ -274,11 +284,11 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         elif ends:
             for r in range(rows):
                 var sum = sums.unsafe_offset(r * PANEL)
-                self.store[PANEL, True](sum, to.unsafe_offset(r * stride), row + r, column, first)
+                self.store[PANEL, True](sum, to.row(r), row + r, column, first)
         else:
             for r in range(rows):
                 var sum = sums.unsafe_offset(r * PANEL)
-                self.store[PANEL, False](sum, to.unsafe_offset(r * stride), row + r, column, first)
+                self.store[PANEL, False](sum, to.row(r), row + r, column, first)
 
     @always_inline
     def store[

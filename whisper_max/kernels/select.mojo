@@ -4,8 +4,8 @@ Python then sees a few numbers of each step instead of a row of the vocabulary.
 """
 
 import extensibility
-from extensibility import InputTensor, OutputTensor
-from max.algorithm import sync_parallelize
+from extensibility import InputTensor
+from extensibility import _MutableInputTensor as MutableInputTensor
 from max.gpu.host import DeviceContext
 from std.math import exp, log
 from std.memory.alloc import unsafe_alloc
@@ -13,6 +13,7 @@ from std.utils.numerics import nan, neg_inf
 
 from .attention import MASKED
 from .gemm import F32, Floats, raw
+from .phases import in_one_phase, team_size
 
 comptime MINUS_INFINITY = neg_inf[F32]()
 comptime NOT_A_NUMBER = nan[F32]()
@@ -116,11 +117,12 @@ struct Select:
     def execute[
         target: StaticString, //, width: Int
     ](
-        logprobs: OutputTensor[dtype=F32, rank=2, ...],
-        tokens: OutputTensor[dtype=DType.int32, rank=2, ...],
+        logprobs: MutableInputTensor[dtype=F32, rank=2, ...],
+        tokens: MutableInputTensor[dtype=DType.int32, rank=2, ...],
         logits: InputTensor[dtype=F32, rank=3, ...],
         mask: InputTensor[dtype=F32, rank=1, ...],
         rules: InputTensor[dtype=DType.int32, rank=2, ...],
+        threads: InputTensor[dtype=DType.int32, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         """The most likely tokens of each row, and their log probabilities.
@@ -183,4 +185,4 @@ struct Select:
                     my_tokens.unsafe_offset(j).unsafe_store(first_not_in(my_tokens, j))
             row.masked.unsafe_free()
 
-        sync_parallelize(select, logits.dim_size(0))
+        in_one_phase(logits.dim_size(0), team_size(threads), select)

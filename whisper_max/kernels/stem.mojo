@@ -8,7 +8,7 @@ from std.math import ceildiv
 from std.memory.alloc import unsafe_alloc
 
 from .gemm import F32, PANEL, copy, raw
-from .phases import Phases, team_size
+from .phases import Phases, in_one_phase, team_size
 from .norm import Norm
 from .projection import PROJECT_PHASES, Projection, project
 
@@ -44,24 +44,24 @@ struct Linear:
         var columns = bias.dim_size(0)
         var length = x.dim_size(2)
         var projection = Projection[type, width, product, tiles](
-            raw(output.unsafe_ptr()),
-            raw(x.unsafe_ptr()),
-            raw(weight.unsafe_ptr()),
-            raw(scale.unsafe_ptr()),
-            raw(bias.unsafe_ptr()),
-            raw(residual.unsafe_ptr()),
-            Norm(
+            output=raw(output.unsafe_ptr()),
+            x=raw(x.unsafe_ptr()),
+            weight=raw(weight.unsafe_ptr()),
+            scale=raw(scale.unsafe_ptr()),
+            bias=raw(bias.unsafe_ptr()),
+            residual=raw(residual.unsafe_ptr()),
+            norm=Norm(
                 raw(ln_weight.unsafe_ptr()),
                 raw(ln_bias.unsafe_ptr()),
                 length if ln_weight.dim_size(0) == length else 0,
             ),
-            x.dim_size(0) * x.dim_size(1),
-            length,
-            columns,
-            residual.dim_size(0) if residual.dim_size(1) == columns else 0,
-            scale.dim_size(0) == columns,
-            gelu == 1,
-            False,
+            rows=x.dim_size(0) * x.dim_size(1),
+            length=length,
+            columns=columns,
+            residual_rows=residual.dim_size(0) if residual.dim_size(1) == columns else 0,
+            scaled=scale.dim_size(0) == columns,
+            gelu=gelu == 1,
+            packs_output=False,
         )
         var team = team_size(threads)
         var phases = Phases(PROJECT_PHASES)
@@ -87,6 +87,7 @@ struct ConvPatches:
     ](
         output: OutputTensor[dtype=F32, rank=3, ...],
         x: InputTensor[dtype=F32, rank=3, ...],
+        threads: InputTensor[dtype=DType.int32, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         """The patches that a convolution of width 3 and padding 1 multiplies.
@@ -101,7 +102,7 @@ struct ConvPatches:
         var source = raw(x.unsafe_ptr())
         var to = raw(output.unsafe_ptr())
 
-        var blocks = (out_frames + FRAME_BLOCK - 1) // FRAME_BLOCK
+        var blocks = ceildiv(out_frames, FRAME_BLOCK)
 
         def block(
             index: Int
@@ -128,7 +129,7 @@ struct ConvPatches:
                     else:
                         copy[width](first.unsafe_offset(at * channels), row, channels)
 
-        sync_parallelize(block, x.dim_size(0) * blocks)
+        in_one_phase(x.dim_size(0) * blocks, team_size(threads), block)
 
 
 @extensibility.register("whisper_layer_norm")
@@ -141,6 +142,7 @@ struct LayerNorm:
         x: InputTensor[dtype=F32, rank=3, ...],
         weight: InputTensor[dtype=F32, rank=1, ...],
         bias: InputTensor[dtype=F32, rank=1, ...],
+        threads: InputTensor[dtype=DType.int32, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         """LayerNorm over the last axis."""
@@ -157,7 +159,7 @@ struct LayerNorm:
         if rows <= NORM_BLOCK:  # sooner done than a worker is woken
             block(0)
         else:
-            sync_parallelize(block, ceildiv(rows, NORM_BLOCK))
+            in_one_phase(ceildiv(rows, NORM_BLOCK), team_size(threads), block)
 
 
 @extensibility.register("whisper_embed")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import chain
+from struct import Struct
 
 import numpy as np
 import torch
@@ -169,8 +171,8 @@ class DecoderState:
         # Memory is touched, and so taken, only as positions are filled.
         shape = (layers, 2, rows, heads, n_text_ctx, HEAD_DIM)
         self.self_cache = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
-        self.source = np.zeros((rows, n_text_ctx), np.int32)
-        self._numbers = np.arange(rows, dtype=np.int32)[:, None]
+        # A position's keys and values stand in the row that appends it, until rows are reordered.
+        self.source = np.repeat(np.arange(rows, dtype=np.int32)[:, None], n_text_ctx, axis=1)
         self._position = np.array([0, cross.frames], np.int32)
         # MAX sees what is written to these arrays: making a buffer takes longer than a step's
         # Python may.
@@ -187,8 +189,6 @@ class DecoderState:
             raise UnsupportedByMax(
                 f"{rows} rows of {end} tokens, where {self.rows} of {self.n_text_ctx} fit"
             )
-        # A position's keys and values stand in the row that appended it.
-        self.source[:rows, self.length : end] = self._numbers[:rows]
         self._position[0] = self.length
         if rows == self.rows:
             return self._position_buffer, self._source_buffer
@@ -209,21 +209,29 @@ class Selection:
     """
 
     def __init__(self, suppressed: Sequence[int], n_vocab: int, count: int, rows: int) -> None:
-        self.count = count
-        self.mask = Buffer.from_numpy(suppression(suppressed, n_vocab))
-        self.ranks = int32([0] * count)
         self.every_row = int32(list(range(rows)))
+        # MAX reads and fills these arrays where they are: to wrap them anew takes longer than the
+        # rest of a step's Python. And a step leaves nothing in the caches, so that little code is
+        # fast code: struct's is less than NumPy's.
         self._tokens = np.zeros((rows, 1), np.int32)
         self._rules = np.zeros((rows, 5), np.int32)
+        self._as_tokens, self._as_rules = (
+            Struct(f"{array.size}i") for array in (self._tokens, self._rules)
+        )
+        self.logprobs = np.zeros((rows, count), np.float32)
+        self.best = np.zeros((rows, count), np.int32)
         self.tokens = Buffer.from_numpy(self._tokens)
-        self.rules = Buffer.from_numpy(self._rules)
+        self.choice = (
+            Buffer.from_numpy(suppression(suppressed, n_vocab)),
+            *map(Buffer.from_numpy, (self._rules, self.logprobs, self.best)),
+        )
         self.rows = rows
         self.operands: tuple[Buffer, ...] | None = None  # of the step, once it has been made
 
     def at(self, tokens: list[int], rules: list[list[int]]) -> None:
         """The step's tokens, one of each row, and the rules for what may follow them."""
-        self._tokens[:, 0] = tokens
-        self._rules[:] = rules
+        self._as_tokens.pack_into(self._tokens, 0, *tokens)
+        self._as_rules.pack_into(self._rules, 0, *chain.from_iterable(rules))
 
 
 def suppression(suppressed: Sequence[int], n_vocab: int) -> np.ndarray:
@@ -296,18 +304,17 @@ def decoder_select(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes one new token for each row and ranks what may follow, as `selection.at` says.
 
-    Returns log probabilities, float32, and tokens, int32, both (rows, selection.count), the most
-    likely first.
+    Returns log probabilities, float32, and tokens, int32, both (rows, count), the most likely
+    first. The next step writes over them.
     """
     if selection.operands is None:
         operands = _operands(engine, state, selection.tokens, selection.every_row, scores)
-        choice = (selection.mask, selection.rules, selection.ranks)
-        selection.operands = (*operands, *choice, *weights)
+        selection.operands = (*operands, *selection.choice, *weights)
     else:  # the same buffers, with other contents
         state.take(selection.rows, 1)
-    logprobs, best = engine.execute("decoder_select", *selection.operands)
+    engine.execute("decoder_select", *selection.operands)
     state.length += 1
-    return np.from_dlpack(logprobs), np.from_dlpack(best)
+    return selection.logprobs, selection.best
 
 
 def _operands(
