@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -25,6 +26,16 @@ def pytorch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def busy_cpus(call: Callable[[], object]) -> float:
+    """How many CPUs this process keeps busy during a call, on average of twenty."""
+    call()
+    time.sleep(0.2)  # threads still wait for more of what was done before, without sleeping
+    elapsed, computed = time.perf_counter(), time.process_time()
+    for _ in range(20):
+        call()
+    return (time.process_time() - computed) / (time.perf_counter() - elapsed)
 
 
 @pytest.fixture(autouse=True)

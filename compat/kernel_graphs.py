@@ -79,14 +79,16 @@ class _Builder:
 
     def layer_norm(self) -> None:
         names, types = zip(*inputs((Parameter("norm", "norm"),), self._storage(), CPU))
-        with self._graph("layer_norm", [_floats("batch", "length", "columns"), *types]) as graph:
-            x, *weights = (value.tensor for value in graph.inputs)
-            graph.output(self._layers(names, weights).layer_norm(x, "norm"))
+        operands = [_floats("batch", "length", "columns"), threads_type(CPU)]
+        with self._graph("layer_norm", [*operands, *types]) as graph:
+            x, threads, *weights = (value.tensor for value in graph.inputs)
+            graph.output(self._layers(names, weights, threads).layer_norm(x, "norm"))
 
     def conv_patches(self, name: str, *, channels_first: bool, stride: int) -> None:
-        with self._graph(name, [_floats("a", "b", "c"), _floats("frames")]) as graph:
-            x, frames = (value.tensor for value in graph.inputs)
-            y = self._layers((), ()).conv_patches(
+        types = [_floats("a", "b", "c"), _floats("frames"), threads_type(CPU)]
+        with self._graph(name, types) as graph:
+            x, frames, threads = (value.tensor for value in graph.inputs)
+            y = self._layers((), (), threads).conv_patches(
                 x, frames.shape[0], channels_first=channels_first, stride=stride
             )
             graph.output(y)
@@ -113,9 +115,13 @@ class _Builder:
             name, input_types=types, kernel_library=self.library, module=self.module
         )
 
-    def _layers(self, names: Sequence[str], weights: Sequence[TensorValue]) -> Layers:
-        """Those that need no threads."""
-        return Layers(dict(zip(names, weights)), None, self._storage(), CPU)
+    def _layers(
+        self,
+        names: Sequence[str],
+        weights: Sequence[TensorValue],
+        threads: TensorValue | None = None,
+    ) -> Layers:
+        return Layers(dict(zip(names, weights)), threads, self._storage(), CPU)
 
     def _storage(self) -> Storage:
         return Storage(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernel_graphs
+from isolation import busy_cpus, pytorch_threads
 from packed import ABSENT, panels, stored
 from strategies import numbers, seeds
 from tolerances import PRODUCTS as PROMISED
@@ -192,7 +193,7 @@ def test_gelu_everywhere(engine):
 def test_layer_norm(engine, batch, rows, length, seed, mean):
     x = numbers((batch, rows, length), seed) + mean
     weight, bias = numbers((length,), seed + 1), numbers((length,), seed + 2)
-    found = run(engine, "layer_norm", x, weight, bias)
+    found = run(engine, "layer_norm", x, engine.threads, weight, bias)
     exact = F.layer_norm(x.double(), (length,), weight.double(), bias.double())
     assert_precise(found, F.layer_norm(x, (length,), weight, bias), exact)
 
@@ -206,7 +207,17 @@ def test_conv_patches(engine, batch, channels, frames, of_mel, seed):
     expected = expected.view(batch, channels, 3, out_frames).permute(0, 3, 2, 1).flatten(2)
     source = x if of_mel else x.transpose(1, 2)
     graph = "patches_of_mel" if of_mel else "patches"
-    assert torch.equal(run(engine, graph, source, torch.empty(out_frames)), expected)
+    found = run(engine, graph, source, torch.empty(out_frames), engine.threads)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("graph", ["layer_norm", "patches_of_mel", "patches"])
+def test_one_thread_where_pytorch_has_one(engine, graph):
+    """Beside others, each with a CPU of its own."""
+    x, size = numbers((1, 4096, 512), 1), numbers((512,), 2)
+    with pytorch_threads(1):
+        operands = (engine.threads, size, size) if graph == "layer_norm" else (size, engine.threads)
+        assert busy_cpus(lambda: run(engine, graph, x, *operands)) < 1.2
 
 
 @given(st.integers(1, 4), st.integers(1, 20), st.integers(2, 100), st.integers(0, 30), seeds)

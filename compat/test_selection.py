@@ -13,6 +13,7 @@ from torch import Tensor
 from whisper.decoding import DecodingOptions, DecodingTask
 from whisper.model import ModelDimensions, Whisper
 
+from isolation import busy_cpus, pytorch_threads
 from strategies import Recipe, numbers, seeds
 from whisper_max import settings
 from whisper_max.runtime.decoder_session import DecoderSession
@@ -189,3 +190,15 @@ def test_a_filter_of_somebody_else_is_named(strict):
     assert [name.rpartition(".")[2] for name in foreign_filters(task.logit_filters)] == ["Louder"]
     task.logit_filters[1].apply = lambda logits, tokens: None
     assert len(foreign_filters(task.logit_filters)) == 2
+
+
+def test_one_thread_where_pytorch_has_one(strict):
+    """Beside others, each with a CPU of its own; rows enough that choosing takes long."""
+    case = Case(DecodingOptions(fp16=False), [[5, 6]] * 60, 1)
+    with pytorch_threads(1):
+
+        def choose():
+            case.on_max(6)
+            case.session._state.length -= 1
+
+        assert busy_cpus(choose) < 1.2
