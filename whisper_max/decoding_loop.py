@@ -8,6 +8,7 @@ keeps the token lists.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isnan
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -171,13 +172,15 @@ def _greedy(
         logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
         added = logprobs.tolist()
         _refuse_not_a_number(added)
+        completed = True
         for row, (token,), (logprob,), of_row in zip(rows, best.tolist(), added, summands):
             if row[-1] == eot:
                 token = eot
             else:
                 of_row.append(logprob)
             row.append(token)
-        if all(row[-1] == eot for row in rows) or len(rows[0]) > task.n_ctx:
+            completed = completed and token == eot
+        if completed or len(rows[0]) > task.n_ctx:
             break
     # One after the other in float32, as upstream adds them.
     sums[:] = [np.add.accumulate(of_row, dtype=np.float32)[-1] for of_row in summands]
@@ -243,7 +246,7 @@ def _ranked(
 
 def _refuse_not_a_number(logprobs: list[list[float]]) -> None:
     """Leaves a decode to PyTorch where everything is suppressed, or logits are not numbers."""
-    if any(number != number for row in logprobs for number in row):
+    if isnan(sum(map(sum, logprobs))):  # one makes the sum one, and no infinity is positive
         refuse(["log probabilities are not numbers"])
 
 

@@ -213,17 +213,15 @@ class Selection:
         # MAX reads and fills these arrays where they are: to wrap them anew takes longer than the
         # rest of a step's Python. And a step leaves nothing in the caches, so that little code is
         # fast code: struct's is less than NumPy's.
-        self._tokens = np.zeros((rows, 1), np.int32)
-        self._rules = np.zeros((rows, 5), np.int32)
-        self._as_tokens, self._as_rules = (
-            Struct(f"{array.size}i") for array in (self._tokens, self._rules)
-        )
+        tokens, rules = np.zeros((rows, 1), np.int32), np.zeros((rows, 5), np.int32)
+        self._tokens, self._rules = memoryview(tokens), memoryview(rules)
+        self._as_tokens, self._as_rules = Struct(f"{tokens.size}i"), Struct(f"{rules.size}i")
         self.logprobs = np.zeros((rows, count), np.float32)
         self.best = np.zeros((rows, count), np.int32)
-        self.tokens = Buffer.from_numpy(self._tokens)
+        self.tokens = Buffer.from_numpy(tokens)
         self.choice = (
             Buffer.from_numpy(suppression(suppressed, n_vocab)),
-            *map(Buffer.from_numpy, (self._rules, self.logprobs, self.best)),
+            *map(Buffer.from_numpy, (rules, self.logprobs, self.best)),
         )
         self.rows = rows
         self.operands: tuple[Buffer, ...] | None = None  # of the step, once it has been made
