@@ -54,7 +54,7 @@ def main(
 def _on_max() -> bool:
     from whisper_max import report
 
-    targets = report.snapshot().targets.values()
+    targets = report.status().targets.values()
     report.reset()
     return any(t.max_calls for t in targets) and not any(t.torch_calls for t in targets)
 

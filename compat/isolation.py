@@ -59,7 +59,7 @@ def no_silent_fallback(request, unpatched):
     if request.node.get_closest_marker("allow_fallback") is None:
         fallen = {
             target: counted.reasons
-            for target, counted in report.snapshot().targets.items()
+            for target, counted in report.status().targets.items()
             if counted.torch_calls
         }
         assert not fallen, f"PyTorch served calls that MAX should have: {fallen}"

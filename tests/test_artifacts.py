@@ -73,12 +73,12 @@ def be_intact(mef):
 @pytest.mark.parametrize(
     "damage, why",
     [
-        (truncate, "has not the size"),
+        (truncate, "its size is not the recorded one"),
         (flip_a_byte, "are not those that were written"),
         (lose_the_record, "record is missing"),
         (spoil_the_record, "record is missing or damaged"),
         (take_another_record, "record is missing or damaged"),
-        (become_a_link, "has not the size"),
+        (become_a_link, "its size is not the recorded one"),
         (become_a_link_of_that_size, "cannot be read"),
         (be_intact, "MAX cannot read it"),
     ],

@@ -81,8 +81,8 @@ def test_files_are_those_of_upstreams_own_command(folder, monkeypatch, capsys):
     importlib.import_module("whisper.transcribe").cli()
     spoken = capsys.readouterr().out
 
-    arguments = ["speech.wav", "--word_timestamps", "True", "-o", "max", "--profile"]
-    assert transcribe(*arguments) == 0
+    arguments = ["speech.wav", "--word_timestamps", "True", "-o", "max"]
+    assert transcribe(*arguments, "--profile", "--status", "status.json") == 0
     found, expected = contents("max"), contents("upstream")
     assert len(found) == 5
     # Probabilities may differ where float32 ends.
@@ -94,6 +94,7 @@ def test_files_are_those_of_upstreams_own_command(folder, monkeypatch, capsys):
     shown = capsys.readouterr()
     assert shown.out == spoken
     assert "\nalignment      yes " in shown.err
+    assert json.loads(Path("status.json").read_text())["targets"]["alignment"]["max_calls"] == 1
     assert not whisper_max.is_patched()
 
 
@@ -283,7 +284,7 @@ def test_help_has_the_commands_upstreams_options_and_ours(capsys):
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith(OVERVIEW)
-    for option in ("--word_timestamps", "--precision", "--mode", "--compile", "--profile"):
+    for option in ("--word_timestamps", "--precision", "--mode", "--compile", "--profile", "--status"):
         assert f"  {option}" in shown
 
 

@@ -12,12 +12,13 @@ from max.driver import CPU
 
 import whisper_max
 from whisper_max import demo, versions
-from whisper_max.cli import bench, main
+from whisper_max.cli import bench, findings, main
 from whisper_max.cli.sizes import readable
 from whisper_max.conditions import UnsupportedByMax
-from whisper_max.runtime import artifacts, compilation, hardware, storage
+from whisper_max.runtime import artifacts, cache_listing, compilation, hardware, storage
 from whisper_max.runtime.gpu import devices
 from whisper_max.runtime.gpu.devices import MaxDevice
+from whisper_max.settings import active
 
 from compile_tools import KEY, ensure
 
@@ -157,6 +158,23 @@ def test_cache_is_located_listed_and_cleared(compiling, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("freed ")
     assert main(["cache", "list"]) == 0
     assert capsys.readouterr().out.startswith("nothing in ")
+
+
+def test_what_is_stale_is_cleared_and_what_is_ready_stays(compiling, monkeypatch, capsys):
+    monkeypatch.setenv("WHISPER_MAX_CACHE_DIR", str(compiling.cache))
+    assert ensure(KEY, compiling.cache).ready
+    assert main(["cache", "clear", "--stale"]) == 0
+    assert main(["cache", "list"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["tiny-high", "ready"]
+
+    monkeypatch.setattr(cache_listing, "_fingerprint", lambda: {"cpu": "another"})
+    (finding,) = (f for f in findings.of_the_settings(active()) if f.topic == "cache")
+    assert (finding.state, finding.remedy) == ("note", "whisper-max cache clear --stale")
+    assert main(["cache", "clear", "--stale"]) == 0
+    assert main(["cache", "list"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("nothing in ")
+    (finding,) = (f for f in findings.of_the_settings(active()) if f.topic == "cache")
+    assert (finding.state, finding.remedy) == ("ok", "")
 
 
 @pytest.mark.parametrize(

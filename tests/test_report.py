@@ -9,8 +9,10 @@ import signal
 import threading
 
 import pytest
+import torch
 
 from whisper_max import report
+from whisper_max.conditions import device_reasons
 from whisper_max.settings import TARGETS, Settings
 
 from isolation import raise_in
@@ -27,7 +29,7 @@ def test_calls_and_seconds_are_counted_by_target_and_path():
     report.record("encoder", "torch", 2.0, ["float64 input", "gradients are wanted"])
     report.record("decoder", "torch", 1.0, ["float64 input"])
     report.set_patched("encoder", True)
-    assert report.snapshot().to_dict()["targets"]["encoder"] == {
+    assert report.status().to_dict()["targets"]["encoder"] == {
         "patched": True,
         "max_calls": 2,
         "torch_calls": 1,
@@ -35,13 +37,13 @@ def test_calls_and_seconds_are_counted_by_target_and_path():
         "torch_seconds": 2.0,
         "reasons": {"float64 input": 1, "gradients are wanted": 1},
     }
-    assert report.snapshot().targets["decoder"].reasons == {"float64 input": 1}
+    assert report.status().targets["decoder"].reasons == {"float64 input": 1}
 
 
 def test_status_is_plain_data_with_all_targets():
     report.set_artifact("ready")
     report.set_device("cpu, amx")
-    status = report.snapshot().to_dict()
+    status = report.status().to_dict()
     assert list(status) == [
         "targets", "versions", "device", "mode", "precision", "compile", "cache_dir", "artifact"
     ]
@@ -49,6 +51,15 @@ def test_status_is_plain_data_with_all_targets():
     assert {"python", "whisper_max", "openai-whisper", "torch", "max"} <= set(status["versions"])
     assert (status["device"], status["artifact"]) == ("cpu, amx", "ready")
     assert json.loads(json.dumps(status)) == status
+
+
+def test_a_model_on_a_gpu_is_warned_of_once_and_other_reasons_never(caplog):
+    (reason,) = device_reasons(torch.device("cuda:0"), None)
+    for target in ("encoder", "decoder", "encoder"):
+        report.record(target, "torch", 1.0, [reason])
+        report.record(target, "torch", 1.0, ["float64 input"])
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == [f"PyTorch does all the work: {reason}"]
 
 
 def raised_in(module: str, text: str) -> ValueError:
@@ -78,9 +89,9 @@ def test_what_a_signal_handler_raises_is_no_failure_of_max(module, caplog):
     assert not caplog.records
 
 
-def test_a_snapshot_does_not_change_with_later_calls():
+def test_a_status_does_not_change_with_later_calls():
     report.record("encoder", "torch", 1.0, ["a reason"])
-    before = report.snapshot()
+    before = report.status()
     report.record("encoder", "torch", 1.0, ["a reason"])
     assert before.targets["encoder"].torch_calls == 1
     assert before.targets["encoder"].reasons == {"a reason": 1}
@@ -88,17 +99,17 @@ def test_a_snapshot_does_not_change_with_later_calls():
 
 def test_a_refused_target_shows_its_reasons_before_any_call():
     report.set_patched("alignment", False, ["MAX is not installed"])
-    status = report.snapshot()
+    status = report.status()
     assert status.targets["alignment"].reasons == {"MAX is not installed": 0}
     assert "alignment: not patched: MAX is not installed" in str(status)
     report.set_patched("alignment", True)
-    assert report.snapshot().targets["alignment"].reasons == {}
+    assert report.status().targets["alignment"].reasons == {}
 
 
 def test_status_prints_as_a_table():
     report.record("decoder", "max", 1.5)
     report.record("decoder", "torch", 0.5, ["a hook on blocks.0"])
-    lines = str(report.snapshot()).splitlines()
+    lines = str(report.status()).splitlines()
     assert lines[0].split() == "target patched MAX calls PyTorch calls MAX s PyTorch s".split()
     assert lines[2].split() == ["decoder", "no", "1", "1", "1.500", "0.500"]
     assert "decoder: 1 × a hook on blocks.0" in lines
@@ -109,7 +120,7 @@ def test_reset_keeps_what_is_patched():
     report.set_patched("encoder", True)
     report.record("encoder", "torch", 1.0, ["a reason"])
     report.reset()
-    assert report.snapshot().targets["encoder"] == report.TargetStatus(patched=True)
+    assert report.status().targets["encoder"] == report.TargetStatus(patched=True)
 
 
 @pytest.mark.parametrize(("target", "path"), [("encoder", "cuda"), ("vad", "max")])
@@ -138,7 +149,7 @@ def test_each_path_and_reason_is_logged_once_and_each_call_at_debug(caplog):
 def test_reasons_do_not_grow_without_bound():
     for number in range(10 * report.MAX_REASONS):
         report.record("encoder", "torch", 0.0, [f"shape {number}"])
-    reasons = report.snapshot().targets["encoder"].reasons
+    reasons = report.status().targets["encoder"].reasons
     assert len(reasons) == report.MAX_REASONS + 1
     assert reasons[report.FURTHER_REASONS] == 9 * report.MAX_REASONS
     assert len(report._counters.announced) == len(reasons)
@@ -154,7 +165,7 @@ def test_threads_count_together():
         thread.start()
     for thread in threads:
         thread.join()
-    counted = report.snapshot().targets["decoder"]
+    counted = report.status().targets["decoder"]
     assert (counted.torch_calls, counted.torch_seconds) == (8000, 8000.0)
     assert counted.reasons == {"busy": 8000}
 
@@ -167,7 +178,7 @@ def test_a_child_forked_while_the_lock_is_held_can_count():
             try:
                 report.record("encoder", "max", 0.1)
             finally:
-                os._exit(report.snapshot().targets["encoder"].max_calls)
+                os._exit(report.status().targets["encoder"].max_calls)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 1
 

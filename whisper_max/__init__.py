@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .live_models import accelerate, refresh, restore
     from .patching import is_patched, patch, patched, unpatch
     from .precompile import compile
-    from .report import snapshot as status
+    from .report import status
     from .settings import disabled
 
 __version__ = "0.1.0"
@@ -44,7 +44,7 @@ _HOMES = {
     "patched": "patching:patched",
     "refresh": "live_models:refresh",
     "restore": "live_models:restore",
-    "status": "report:snapshot",
+    "status": "report:status",
     "unpatch": "patching:unpatch",
 }
 

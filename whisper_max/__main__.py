@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import builtins
-import json
 import os
 import pkgutil
 import runpy
@@ -22,9 +21,9 @@ import warnings
 from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
 from types import CodeType, ModuleType
 
-from . import __version__, is_patched, patch, status
+from . import __version__, is_patched, patch
 from .after_import import call_after_import
-from .options import add_options, add_profile
+from .options import add_options, add_profile, tell_what_ran
 from .settings import Settings
 
 
@@ -54,11 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             _run_script(options.program, options.arguments)
     finally:
-        if options.profile:
-            print(status(), file=sys.stderr, flush=True)
-        if options.status:
-            with open(options.status, "w", encoding="utf-8") as file:
-                json.dump(status().to_dict(), file)
+        tell_what_ran(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,12 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(parser)
     add_profile(parser)
-    parser.add_argument(
-        "--status",
-        metavar="FILE",
-        type=os.path.abspath,  # the program may change its working folder
-        help="write the same to a file, as JSON",
-    )
     parser.add_argument("--version", action="version", version=f"whisper_max {__version__}")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(

@@ -147,7 +147,7 @@ class _Hookable:
 
 def _differ(found: list[WordTiming], expected: list[WordTiming]) -> str | None:
     if [(w.word, w.tokens) for w in found] != [(w.word, w.tokens) for w in expected]:
-        return "the words are others"
+        return "the words differ"
     pairs = list(zip(found, expected))
     worst = max((max(abs(f.start - e.start), abs(f.end - e.end)) for f, e in pairs), default=0)
     return f"word times by up to {worst:.2f} s" if worst > 0.02 else None

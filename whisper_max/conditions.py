@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 _DTYPES = {"cpu": ("torch.float32",), "cuda": ("torch.float16", "torch.float32")}
 
 
+ASK_FOR_GPUS = (
+    "the graphs for GPUs have never run on one, and patch(device='cuda') has to ask for them"
+)
+"""Of a reason that a user should hear of: nothing runs faster."""
+
 LARGEST = 1e15
 """Of mel spectrograms and audio features: squares of what layers make of more may overflow."""
 
@@ -57,8 +62,7 @@ def device_reasons(device: torch.device, wanted: str | None) -> list[str]:
         return [f"the model is on {device}, and device is {wanted!r}"]
     if device.type == "cuda" and wanted is None:
         return [
-            f"the model is on {device}: the graphs for GPUs have never run on one, "
-            "and patch(device='cuda') has to ask for them"
+            f"the model is on {device}: {ASK_FOR_GPUS}"
         ]
     return []
 

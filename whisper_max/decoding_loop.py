@@ -278,7 +278,7 @@ def _reasons(task: DecodingTask, tokens: Tensor) -> list[str]:
     elif isinstance(decoder, BeamSearchDecoder) and decoder.inference is not task.inference:
         reasons.append("the token decoder has an inference of its own")
     if torch.get_default_dtype() is torch.bfloat16:
-        reasons.append("the default dtype is bfloat16, which NumPy has not")
+        reasons.append("the default dtype is bfloat16, which NumPy lacks")
     if task.sample_len < 1:
         reasons.append(f"sample_len is {task.sample_len}")
     reasons += [f"{name} filters the logits" for name in foreign_filters(task.logit_filters)]

@@ -160,10 +160,9 @@ class MaxInference(UpstreamInference):
 
     def _step(self, tokens: Tensor, features: Tensor, hooks: listeners.HookCalls) -> Tensor:
         session, decoded = self.session, self._decoded
-        if len(tokens) != session.rows:
-            refuse([f"the decode began with {session.rows} rows and goes on with {len(tokens)}"])
-        if decoded is not None and len(decoded) != session.rows:
-            refuse([f"the decode began with {session.rows} rows and goes on with {len(decoded)}"])
+        for rows in (tokens, *([] if decoded is None else [decoded])):
+            if len(rows) != session.rows:
+                refuse([f"the decode began with {session.rows} rows and goes on with {len(rows)}"])
         n_vocab = len(self.model.decoder.token_embedding.weight)
         device = self._features.device
         refuse(tokens_reasons(tokens, tokens.shape[-1], n_vocab, device))

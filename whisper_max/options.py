@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
 
+from . import status
 from .settings import COMPILE_POLICIES, ENVIRONMENT, MODES, PRECISIONS, Settings
 
 _CHOICES = {"mode": MODES, "precision": PRECISIONS, "compile": COMPILE_POLICIES}
@@ -17,11 +21,28 @@ _HELP = {
 }
 
 
-def add_profile(parser: argparse._ActionsContainer) -> argparse.Action:
-    """Adds --profile."""
-    return parser.add_argument(
-        "--profile", action="store_true", help="print at the end what ran where, to stderr"
-    )
+def add_profile(parser: argparse._ActionsContainer) -> list[argparse.Action]:
+    """Adds --profile and --status."""
+    return [
+        parser.add_argument(
+            "--profile", action="store_true", help="print at the end what ran where, to stderr"
+        ),
+        parser.add_argument(
+            "--status",
+            metavar="FILE",
+            type=os.path.abspath,  # a program may change its working folder
+            help="write the same to a file, as JSON",
+        ),
+    ]
+
+
+def tell_what_ran(options: argparse.Namespace) -> None:
+    """Does what --profile and --status ask for."""
+    if options.profile:
+        print(status(), file=sys.stderr, flush=True)
+    if options.status:
+        with open(options.status, "w", encoding="utf-8") as file:
+            json.dump(status().to_dict(), file)
 
 
 def add_options(parser: argparse._ActionsContainer, *names: str) -> list[argparse.Action]:

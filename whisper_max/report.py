@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from . import settings, versions
-from .conditions import UnsupportedByMax
+from .conditions import ASK_FOR_GPUS, UnsupportedByMax
 from .settings import TARGETS, Settings
 
 logger = logging.getLogger("whisper_max")
@@ -129,6 +129,7 @@ class _Counters:
         self.artifact = "none"
         self.announced: set[tuple[str, str, str]] = set()
         self.failures: set[str] = set()
+        self.warned_of: set[str] = set()
         self.targets = {target: TargetStatus() for target in TARGETS}
 
     def renew_lock(self) -> None:
@@ -162,8 +163,12 @@ def record(target: str, path: str, seconds: float, reasons: Sequence[str] = ()) 
         keys = [(target, path, reason) for reason in told or [""]]
         new = [key for key in keys if key not in _counters.announced]
         _counters.announced.update(new)
+        of_gpus = {reason for _, _, reason in new if ASK_FOR_GPUS in reason} - _counters.warned_of
+        _counters.warned_of.update(of_gpus)
     for _, _, reason in new:
         logger.info("%s runs on %s%s", target, PATHS[path], f": {reason}" if reason else "")
+    for reason in of_gpus:
+        logger.warning("PyTorch does all the work: %s", reason)
     logger.debug("%s on %s in %.3f ms %s", target, PATHS[path], seconds * 1e3, list(reasons))
 
 
@@ -232,8 +237,8 @@ def set_device(text: str) -> None:
         _counters.device = text
 
 
-def snapshot() -> Status:
-    """What ran where up to now, and with which versions and settings: `whisper_max.status()`."""
+def status() -> Status:
+    """What ran where up to now, and with which versions and settings."""
     active = settings.active()
     installed = versions.installed()
     with _counters.lock:
@@ -260,3 +265,4 @@ def reset() -> None:
             _counters.targets[target] = TargetStatus(patched=counted.patched)
         _counters.announced.clear()
         _counters.failures.clear()
+        _counters.warned_of.clear()

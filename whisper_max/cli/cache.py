@@ -17,15 +17,21 @@ def run(arguments: list[str]) -> int:
     parser = Parser(prog="whisper-max cache", description="The compiled graphs on disk.")
     actions = parser.add_subparsers(dest="action", metavar="list|clear|path", required=True)
     actions.add_parser("list", help="each file, whether it can be used, and what it took")
-    actions.add_parser("clear", help="remove them all; those needed are compiled again")
+    clear = actions.add_parser("clear", help="remove them all; those needed are compiled again")
+    clear.add_argument(
+        "--stale",
+        action="store_true",
+        help="only those of other versions or for another CPU, and what is left of failures",
+    )
     actions.add_parser("path", help="print the folder (WHISPER_MAX_CACHE_DIR moves it)")
-    action = parser.parse_args(arguments).action
+    options = parser.parse_args(arguments)
+    action = options.action
     try:
         folder = Settings.from_environment().cache_dir
         if action == "path":
             print(folder)
         elif action == "clear":
-            print(f"freed {readable(cache_listing.clear(folder))} in {folder}")
+            print(f"freed {readable(cache_listing.clear(folder, only_stale=options.stale))} in {folder}")
         else:
             print(_table(cache_listing.list_artifacts(folder)) or f"nothing in {folder}")
     except (CacheRefused, ValueError, OSError) as error:

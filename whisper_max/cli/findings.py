@@ -20,8 +20,8 @@ from .sizes import readable
 CPU_FEATURES = {
     "avx512": "with it, kernels work on 16 numbers at a time instead of 8",
     "amx": "with it, high, medium and int8 multiply in matrix tiles",
-    "bf16": "with it, medium multiplies in pairs of bfloat16, and so does int8's attention",
-    "vnni": "with it, int8 multiplies in fours of int8",
+    "bf16": "with it, medium, and the attention of int8, multiply two pairs of bfloat16 at a time",
+    "vnni": "with it, int8 multiplies four pairs of int8 at a time",
 }
 
 
@@ -134,7 +134,12 @@ def of_the_settings(settings: Settings) -> Iterator[Finding]:
         return
     ready = sum(record.state == "ready" for record in records)
     size = readable(sum(record.size for record in records))
-    yield Finding("cache", "ok", f"{settings.cache_dir}: {ready} of {len(records)} usable, {size}")
+    text = f"{settings.cache_dir}: {ready} of {len(records)} usable, {size}"
+    stale = sum(record.state == "stale" for record in records)
+    if 2 * stale > len(records):
+        yield Finding("cache", "note", text, "whisper-max cache clear --stale")
+    else:
+        yield Finding("cache", "ok", text)
 
 
 def of_the_graphs(settings: Settings) -> Iterator[Finding]:

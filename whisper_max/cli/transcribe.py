@@ -23,7 +23,7 @@ from urllib.error import URLError
 import whisper_max
 
 from ..conditions import UnsupportedByMax
-from ..options import add_options, add_profile
+from ..options import add_options, add_profile, tell_what_ran
 from ..settings import Settings
 from . import OVERVIEW
 from .errors import FAILED, CommandError, Parser, first_line, import_whisper
@@ -103,7 +103,7 @@ class UpstreamParser(Parser):
         ours = self.add_argument_group("options of whisper_max")
         added = [
             *add_options(ours),
-            add_profile(ours),
+            *add_profile(ours),
         ]
         self._ours = added
         options = vars(super().parse_args(self.arguments))
@@ -132,14 +132,14 @@ def _begin(stack: ExitStack, ours: argparse.Namespace, theirs: argparse.Namespac
     check_audio(theirs.audio)
     stack.enter_context(whisper_max.patched(**asked))
     # While it is still patched.
-    stack.callback(_tell_what_ran, ours.profile)
+    stack.callback(_tell_what_ran, ours)
 
 
-def _tell_what_ran(everything: bool) -> None:
-    """Print the status, if it was asked for; else only that nothing ran on MAX, and why."""
+def _tell_what_ran(options: argparse.Namespace) -> None:
+    """What was asked for; without --profile that nothing ran on MAX, where that is so, and why."""
+    tell_what_ran(options)
     status = whisper_max.status()
-    if everything:
-        print(status, file=sys.stderr, flush=True)
+    if options.profile:
         return
     counted = status.targets.values()
     reasons = {reason: None for one in counted for reason in one.reasons}

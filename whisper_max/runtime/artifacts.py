@@ -45,7 +45,7 @@ def find(key: ArtifactKey, cache_dir: str | os.PathLike[str]) -> Path | None:
     if record is None or record.get("digest") != key.digest:
         return _discard(path, "its record is missing or damaged")
     if size_of(path) != record.get("size"):
-        return _discard(path, "it has not the size it was written with")
+        return _discard(path, "its size is not the recorded one")
     return path
 
 

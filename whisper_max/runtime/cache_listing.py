@@ -46,10 +46,13 @@ def list_artifacts(cache_dir: str | os.PathLike[str]) -> list[ArtifactRecord]:
     return [_describe(folder, stem) for stem in _stems(folder)] if folder else []
 
 
-def clear(cache_dir: str | os.PathLike[str]) -> int:
+def clear(cache_dir: str | os.PathLike[str], *, only_stale: bool = False) -> int:
     """Remove all artifacts, failures, logs and MAX's own cache; the bytes that were freed.
 
     What is being compiled at the moment stays. Files that are not ours stay.
+
+    only_stale : what can still be used stays, too: artifacts that are ready
+
     Raises CacheRefused when the folder may not be trusted.
     """
     folder = open_cache(cache_dir)
@@ -57,6 +60,8 @@ def clear(cache_dir: str | os.PathLike[str]) -> int:
         return 0
     freed, busy = 0, False
     for stem in _stems(folder):
+        if only_stale and _describe(folder, stem).state == "ready":
+            continue
         with lock(folder / f"{stem}.lock", wait=False) as held:
             busy = busy or not held
             if held:

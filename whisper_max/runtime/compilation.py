@@ -223,7 +223,7 @@ def _obstacle(folder: Path) -> str | None:
     """Why no compile can start now, with the remedy."""
     if getattr(sys, "frozen", False) or not sys.executable:
         # Starting sys.executable would start the application again.
-        return "compiling needs a Python interpreter, which this bundled application has not"
+        return "compiling needs a Python interpreter, which this bundled application does not have"
     memory, disk = available_memory(), shutil.disk_usage(folder).free
     if memory is not None and memory < NEEDED_MEMORY:
         return f"compiling needs {NEEDED_MEMORY >> 30} GiB of memory, {memory >> 20} MiB are free"
