@@ -284,8 +284,8 @@ def test_help_has_the_commands_upstreams_options_and_ours(capsys):
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith(OVERVIEW)
-    for option in ("--word_timestamps", "--precision", "--mode", "--compile", "--profile", "--status"):
-        assert f"  {option}" in shown
+    for option in ("word_timestamps", "precision", "mode", "compile", "profile", "status"):
+        assert f"  --{option}" in shown
 
 
 def test_version(capsys):

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from . import status
+from .report import status
 from .settings import COMPILE_POLICIES, ENVIRONMENT, MODES, PRECISIONS, Settings
 
 _CHOICES = {"mode": MODES, "precision": PRECISIONS, "compile": COMPILE_POLICIES}

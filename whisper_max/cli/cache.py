@@ -31,7 +31,8 @@ def run(arguments: list[str]) -> int:
         if action == "path":
             print(folder)
         elif action == "clear":
-            print(f"freed {readable(cache_listing.clear(folder, only_stale=options.stale))} in {folder}")
+            freed = cache_listing.clear(folder, only_stale=options.stale)
+            print(f"freed {readable(freed)} in {folder}")
         else:
             print(_table(cache_listing.list_artifacts(folder)) or f"nothing in {folder}")
     except (CacheRefused, ValueError, OSError) as error:
