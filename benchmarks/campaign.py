@@ -105,8 +105,8 @@ def run(
         say(f"{name} is absent: {why}")
     prepare(plan.models, present, results.threads, plan.work, say)
     start = time.monotonic()
-    if results.machine["load_average"] > machine.BUSY:
-        say("the machine is busy with something else: do not trust the figures")
+    if (results.machine["busy_cpus"] or 0) > machine.BUSY:
+        say(machine.WARNING)
     results.ceilings = _ceilings(results.threads)
     for _ in _parts(plan, present, results, say):
         results.minutes = round((time.monotonic() - start) / 60, 1)

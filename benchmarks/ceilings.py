@@ -1,4 +1,4 @@
-"""What the machine can do at most: large matrix products, and large copies.
+"""What figures are compared with: large matrix products in PyTorch, and large copies.
 
     python -m benchmarks.ceilings THREADS      prints one JSON object
 """

@@ -15,7 +15,7 @@ from .places import ROOT
 from .results import FirstRun
 from .worker_process import PeerFailed, environment
 
-AFTER_CHANGE = 5.0  # seconds that the script goes on for
+AFTER_CHANGE = 20.0  # seconds that the script goes on for
 
 
 def measure_first_run(

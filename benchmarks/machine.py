@@ -7,6 +7,8 @@ import importlib.metadata
 import os
 import platform
 import re
+import time
+from pathlib import Path
 
 from whisper_max.runtime import hardware
 
@@ -22,12 +24,52 @@ PACKAGES = (
     "transformers",
     "numpy",
 )
-BUSY = 0.5  # of the load average: more than this beside us, and times are not to be trusted
+BUSY = 0.3  # CPUs: when others keep more than this busy, times are not to be trusted
+WARNING = "the machine was busy with something else: do not trust the figures"
+STAT = Path("/proc/stat")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe() -> dict[str, object]:
     """The machine as `whisper_max.runtime.hardware` has it, and how busy it was before."""
-    return {**hardware.describe(), "load_average": round(os.getloadavg()[0], 2)}
+    return {**hardware.describe(), "cpu_kind": _cpu_kind(), "busy_cpus": busy_cpus()}
+
+
+def busy_cpus(seconds: float = 2.0) -> float | None:
+    """How many CPUs are busy while this process waits; None where that is not told.
+
+    The load average would count also what waits for something else than a CPU.
+    """
+    if not STAT.exists():  # not Linux
+        return None
+    before = _ticks()
+    time.sleep(seconds)
+    passed = [after - earlier for after, earlier in zip(_ticks(), before)]
+    idle = passed[3] + passed[4]  # and waiting for disks
+    return round((sum(passed) - idle) / sum(passed) * (os.cpu_count() or 1), 2)
+
+
+def _ticks() -> list[int]:
+    """Of all CPUs since the system started: user, nice, system, idle, iowait, irq, softirq, steal.
+
+    Time of guests, further on, is part of the user's.
+    """
+    return [int(field) for field in STAT.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+
+
+def _cpu_kind() -> str | None:
+    """What tells one generation from another where the name does not, as in a virtual machine."""
+    found = []
+    for name in ("vendor_id", "cpu family", "model"):
+        match = re.search(rf"^{name}\s*: (.+)$", _cpuinfo(), re.MULTILINE)
+        if match is None:
+            return None
+        found.append(match[1])
+    return "{}, family {}, model {}".format(*found)
+
+
+def _cpuinfo() -> str:
+    return CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
 
 
 def versions() -> dict[str, str]:
@@ -63,4 +105,4 @@ def _version_of_sources() -> str:
     for path in sorted((ROOT / "whisper_max").rglob("*")):
         if path.suffix in (".py", ".mojo"):
             digest.update(path.read_bytes())
-    return f"{whisper_max.__version__} ({digest.hexdigest()[:12]})"
+    return f"{whisper_max.__version__}, sources {digest.hexdigest()[:12]} (sha256)"

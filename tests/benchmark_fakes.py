@@ -23,7 +23,7 @@ TINY = {
 def made_up_results() -> Results:
     """A run in which whisper_max wins the encoder, and faster-whisper a window."""
     results = Results(
-        machine={"cpu_model": "Some CPU", "cpus": 2, "load_average": 0.0},
+        machine={"cpu_model": "Some CPU", "cpus": 2, "busy_cpus": 0.0},
         versions={"python": "3.11.7", "torch": "2.13.0"},
         measured="2026-01-02T03:04:05+00:00",
         threads=2,

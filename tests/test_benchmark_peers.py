@@ -76,7 +76,7 @@ def test_every_scenario_is_an_operation_of_the_interface(setup):
 
 def test_recordings_are_transcribed_one_by_one(setup):
     class Clock(Peer):
-        def speech(self, audio, beams, words):
+        def speech(self, audio, beams, words, retries=True):
             assert (beams, words) == (1, False)
             return lambda: Outcome(0.5, [[1], [2]], audio)
 

@@ -6,7 +6,17 @@ import ctranslate2
 import faster_whisper
 
 from ..inputs import END_OF_TEXT
-from .interface import STEPS, UNTIMED_STEPS, Alternating, Operation, Outcome, Peer, Setup, Stopwatch
+from .interface import (
+    STEPS,
+    TEMPERATURES,
+    UNTIMED_STEPS,
+    Alternating,
+    Operation,
+    Outcome,
+    Peer,
+    Setup,
+    Stopwatch,
+)
 
 FRAMES = 3000
 
@@ -83,14 +93,19 @@ class FasterWhisper(Peer):
 
         return run
 
-    def speech(self, audio: str, beams: int, words: bool) -> Operation:
+    def speech(
+        self, audio: str, beams: int, words: bool, retries: bool = True
+    ) -> Operation:
         variants = Alternating(self.setup.inputs.audio(audio))
 
         def run() -> Outcome:
             samples = variants.next()
             with Stopwatch() as watch:
                 segments, _ = self.whisper.transcribe(
-                    samples, beam_size=beams, word_timestamps=words
+                    samples,
+                    beam_size=beams,
+                    word_timestamps=words,
+                    temperature=TEMPERATURES if retries else 0.0,
                 )
                 segments = list(segments)  # decoding happens as they are taken
             return Outcome(

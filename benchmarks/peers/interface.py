@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from ..inputs import Inputs
 from ..models import Model
 
+TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""What openai-whisper goes through unasked, until a window's text is probable."""
+
 STEPS = 10
 """Decoder steps that are timed together; a time is their mean."""
 
@@ -82,8 +85,14 @@ class Peer:
         """
         raise NotOffered("it does not decode by itself")
 
-    def speech(self, audio: str, beams: int, words: bool) -> Operation:
-        """Times transcribing a recording of `inputs`, mel spectrogram and language included."""
+    def speech(
+        self, audio: str, beams: int, words: bool, retries: bool = True
+    ) -> Operation:
+        """Times transcribing a recording of `inputs`, mel spectrogram and language included.
+
+        retries : at higher temperatures, where a window's text is improbable; the draws, and with
+            them the work, are each engine's own
+        """
         raise NotOffered("it does not transcribe by itself")
 
     def recordings(self, beams: int) -> Operation:

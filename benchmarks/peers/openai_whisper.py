@@ -12,7 +12,17 @@ import whisper.timing
 from whisper.tokenizer import get_tokenizer
 
 from ..inputs import END_OF_TEXT, LANGUAGE
-from .interface import STEPS, UNTIMED_STEPS, Alternating, Operation, Outcome, Peer, Setup, Stopwatch
+from .interface import (
+    STEPS,
+    TEMPERATURES,
+    UNTIMED_STEPS,
+    Alternating,
+    Operation,
+    Outcome,
+    Peer,
+    Setup,
+    Stopwatch,
+)
 
 WINDOW_SECONDS = 30.0
 FRAMES = 3000
@@ -89,7 +99,9 @@ class OpenAIWhisper(Peer):
 
         return run
 
-    def speech(self, audio: str, beams: int, words: bool) -> Operation:
+    def speech(
+        self, audio: str, beams: int, words: bool, retries: bool = True
+    ) -> Operation:
         variants = Alternating(self.setup.inputs.audio(audio))
 
         def run() -> Outcome:
@@ -102,6 +114,7 @@ class OpenAIWhisper(Peer):
                     beam_size=beams if beams > 1 else None,
                     word_timestamps=words,
                     fp16=False,
+                    temperature=TEMPERATURES if retries else 0.0,
                 )
             segments = result["segments"]
             return Outcome(

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ..inputs import LANGUAGE, SAMPLE_RATE
 from .interface import (
     STEPS,
+    TEMPERATURES,
     UNTIMED_STEPS,
     Alternating,
     NotOffered,
@@ -21,9 +22,8 @@ from .interface import (
 
 FRAMES = 3000
 
-# What openai-whisper's transcribe() does unasked: its thresholds, and its temperatures.
+# What openai-whisper's transcribe() does unasked.
 _LIKE_UPSTREAM = {
-    "temperature": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
     "compression_ratio_threshold": 2.4,
     "logprob_threshold": -1.0,
     "no_speech_threshold": 0.6,
@@ -105,7 +105,9 @@ class Transformers(Peer):
 
         return run
 
-    def speech(self, audio: str, beams: int, words: bool) -> Operation:
+    def speech(
+        self, audio: str, beams: int, words: bool, retries: bool = True
+    ) -> Operation:
         if words:
             raise NotOffered("its word times come with other segments")
         variants = Alternating(self.setup.inputs.audio(audio))
@@ -129,6 +131,7 @@ class Transformers(Peer):
                     num_beams=beams,
                     return_timestamps=True,
                     return_segments=True,
+                    temperature=TEMPERATURES if retries else 0.0,
                     **_LIKE_UPSTREAM,
                 )
                 tokens = [segment["tokens"].tolist() for segment in decoded["segments"][0]]

@@ -1,4 +1,4 @@
-"""How far from the machine's limits: what was achieved beside what it can do at most."""
+"""What was achieved, beside large matrix products in PyTorch and large copies."""
 
 from __future__ import annotations
 

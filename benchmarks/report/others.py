@@ -99,12 +99,20 @@ def first_run_lines(first_run: FirstRun) -> list[str]:
     """What the first run cost, in a sentence or two."""
     count = len(first_run.plain)
     ratio = first_run.patched[count - 1] / first_run.plain[-1]
-    change = (
-        "The change to MAX did not come while the script ran."
-        if first_run.changed < 0
-        else f"The change to MAX came {duration(first_run.patched[first_run.changed])} after the "
-        f"start, at transcription {first_run.changed + 1}."
-    )
+    change = "The change to MAX did not come while the script ran."
+    if first_run.changed >= 0:
+        done, moment = first_run.changed + 1, first_run.patched[first_run.changed]
+        change = (
+            "It was then made to go on without a pause, until MAX took over: at transcription "
+            f"{done}, {duration(moment)} after the start."
+        )
+        if count > 1 and done > 1:
+            plain = (first_run.plain[-1] - first_run.plain[0]) / (count - 1)
+            slower = (moment - first_run.patched[0]) / (done - 1) / plain
+            change += (
+                f" Until then a further transcription took {slower:.2f} times as long as with "
+                "plain openai-whisper."
+            )
     texts = "All texts are identical." if first_run.identical else "**Texts differ.**"
     return [
         f"A script of {count} transcriptions takes {duration(first_run.plain[-1])} with plain "

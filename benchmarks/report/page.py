@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..machine import BUSY, WARNING
 from ..models import TRAINED
 from ..peers import PEER
 from ..results import Results
@@ -42,9 +43,22 @@ OVERHEAD_NOTE = (
 
 STEP_NOTE = (
     "CTranslate2 offers no single step: its figures are differences between decoding more tokens "
-    "and fewer, and include the choice of tokens. OpenVINO has an encoder only, converted from "
-    "openai-whisper's."
+    "and fewer, and include the choice of tokens. Of OpenVINO the encoder was measured only, "
+    "converted from openai-whisper's: not the decoding of OpenVINO GenAI. whisper.cpp was not "
+    "measured. A result is as openai-whisper's where tokens are the same, and words and their "
+    "times within 0.02 s."
 )
+
+_FACTS = {
+    "cpu_kind": "cpu family",
+    "cpu_level": "kernels for",
+    "vnni": "VNNI, for int8",
+    "bf16": "products of bfloat16",
+    "affinity": "CPUs that may be used",
+    "threads": "threads at most",
+    "memory_available_mib": "free memory, MiB",
+    "busy_cpus": "CPUs busy with something else",
+}
 
 
 def page(by_machine: dict[str, Results]) -> str:
@@ -88,14 +102,26 @@ def section(machine: str, results: Results) -> str:
 
 
 def _machine_lines(results: Results) -> list[str]:
-    machine = {name.replace("_", " "): fact for name, fact in results.machine.items()}
+    machine = {_FACTS.get(name, name): fact for name, fact in results.machine.items()}
     facts = {**machine, **results.versions}
+    busy = (results.machine.get("busy_cpus") or 0) > BUSY
     return [
         f"Measured {results.measured[:10]} in {results.minutes} minutes, with {results.threads} "
-        "threads.",
+        f"threads.{f' **{WARNING.capitalize()}.**' if busy else ''}",
         "",
-        *table(["", ""], [[name, str(fact)] for name, fact in facts.items()]),
+        *table(
+            ["", ""],
+            [[name.replace("_", " "), _in_words(fact)] for name, fact in facts.items()],
+        ),
     ]
+
+
+def _in_words(fact: object) -> str:
+    if fact is None:
+        return "not known"
+    if isinstance(fact, bool):
+        return "yes" if fact else "no"
+    return str(fact)
 
 
 def _speed_lines(machine: str, results: Results) -> list[str]:

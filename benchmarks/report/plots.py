@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # before pyplot: no display is needed
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from ..inputs import FIRST_RUN  # noqa: E402
 from ..peers import PEER  # noqa: E402
 from ..results import FirstRun, Results  # noqa: E402
 from .limits import achieved  # noqa: E402
@@ -102,19 +103,26 @@ def roofline_figure(results: Results) -> Figure:
 
 
 def first_run_figure(first_run: FirstRun) -> Figure:
-    """Lines: transcriptions done over time, plain and in the first patched run."""
+    """Lines: how fast transcriptions are done, plain and over the first patched run."""
     figure, axes = pyplot.subplots(figsize=(8, 3.5))
-    for label, color, done in (
-        ("openai-whisper", OTHERS[0], first_run.plain),
-        ("patched", OURS[0], first_run.patched),
-    ):
-        axes.step([0, *done], range(len(done) + 1), where="post", label=label, color=color)
+    loaded, *rest = first_run.plain
+    plain = len(rest) / (rest[-1] - loaded) if rest else 0.0
+    axes.axhline(plain, color=OTHERS[0], label="openai-whisper, on average")
+    times = first_run.patched
+    # As many as the script has recordings: they are of different lengths.
+    window = min(len(FIRST_RUN), len(times) - 1)
+    rates = [window / (end - begin) for begin, end in zip(times, times[window:])]
+    axes.plot(
+        times[window:], rates, color=OURS[0], label=f"patched, over the last {window}"
+    )
     if first_run.changed >= 0:
-        moment = first_run.patched[first_run.changed]
+        moment = times[first_run.changed]
         axes.axvline(moment, color="black", linewidth=0.8, linestyle="--")
-        axes.text(moment, 0, " MAX takes over", va="bottom")
+        axes.text(moment, 0, "MAX takes over ", va="bottom", ha="right")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("seconds since the script was started")
-    axes.set_ylabel("transcriptions done")
+    axes.set_ylabel("transcriptions per second")
     axes.legend(loc="upper left")
     return figure
 

@@ -101,7 +101,7 @@ def details(results: Results, group: Group) -> list[str]:
     decodes = any(one.audio_seconds for one in results.of_group(*group))
     header = ["", "median", "IQR", "speed-up", "IQR", "runs"]
     if decodes:
-        header += ["real-time factor", "tokens/s", "tokens as openai-whisper"]
+        header += ["real-time factor", "tokens/s", "result as openai-whisper"]
     rows = []
     for one in results.of_group(*group):
         label = PEER[one.peer].label
