@@ -19,7 +19,7 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 _QUIET = ("TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
@@ -39,10 +39,11 @@ finally:
         gc.enable()
 
 if threading.current_thread() is not threading.main_thread():
-    from max._mlir_context import _DEFAULT_MLIR_CONTEXT
+    with suppress(ImportError):  # without that name, MAX has no such context to leave
+        from max._mlir_context import _DEFAULT_MLIR_CONTEXT
 
-    # What is registered last runs first.
-    atexit.register(_DEFAULT_MLIR_CONTEXT.__enter__)
+        # What is registered last runs first.
+        atexit.register(_DEFAULT_MLIR_CONTEXT.__enter__)
 
 
 @contextmanager
