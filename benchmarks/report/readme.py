@@ -6,7 +6,7 @@ from ..models import TRAINED
 from ..peers import BASELINE, OURS, PEER
 from ..results import Results
 from ..samples import summarize
-from .markdown import NONE, duration, table, times
+from .markdown import NONE, duration, significant, table, times
 from .speed import groups, models_of, speed_ups, title_of
 
 BEGIN = "<!-- figures -->"
@@ -41,7 +41,7 @@ def block(by_machine: dict[str, Results]) -> str:
             ]
         )
     header = ["", "openai-whisper", *(PEER[name].label for name in ours), "fastest other engine"]
-    return "\n".join([*table(header, rows), _legend(results)])
+    return "\n".join([*table(header, rows), _legend(results, shown[0])])
 
 
 def with_block(text: str, figures: str) -> str:
@@ -53,11 +53,17 @@ def with_block(text: str, figures: str) -> str:
     return before + marked + rest.partition(END)[2]
 
 
-def _legend(results: Results) -> str:
+def _legend(results: Results, model: str | None) -> str:
     cpu, threads = results.machine["cpu_model"], results.threads
+    peaks = [
+        f"{significant(summarize(one.peak_mib).median)} MiB with {PEER[one.peer].label}"
+        for one in results.starts
+        if one.model == model and one.peak_mib
+    ]
+    memory = f" Peak memory of a process ({model}): {', '.join(peaks)}." if peaks else ""
     return (
         f"First column: time of unpatched openai-whisper, in float32. Others: speed-up over it. "
         f"{cpu}, {threads} threads, {results.measured[:10]}. Model sizes are real, weights random; "
-        f"{TRAINED} is the bundled trained model. "
+        f"{TRAINED} is the bundled trained model. A decoder step makes one token.{memory} "
         "[All figures, and how they were measured](docs/benchmarks.md)"
     )
