@@ -137,6 +137,27 @@ def test_numbers_whose_squares_overflow(part, scale):
 
 
 @pytest.mark.allow_fallback
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("scale", [1e7, 1e20])
+@torch.no_grad()
+def test_weights_that_make_squares_overflow(part, scale):
+    model, tokens = small().build(), token_rows((1, 3), 100, 1)
+    module = getattr(model, part)
+    for parameter in module.parameters() if scale == 1e7 else [module.positional_embedding]:
+        parameter.mul_(scale)
+
+    def call():
+        if part == "encoder":
+            return model.encoder(numbers((1, 80, 120), 2))
+        return model.decoder(tokens, numbers((1, 60, 128), 3))
+
+    expected = call()
+    with with_fallback():
+        whisper_max.accelerate(model)
+        torch.testing.assert_close(call(), expected, atol=1e-3, rtol=1e-3, equal_nan=True)
+
+
+@pytest.mark.allow_fallback
 @pytest.mark.parametrize("change", ["pruned", "appended", "heads"])
 def test_alignment_heads_of_another_decoder(change):
     """Its blocks are not as many as when the heads were chosen, or have other heads."""

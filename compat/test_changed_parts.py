@@ -8,7 +8,7 @@ import whisper
 from torch import nn
 
 import whisper_max
-from harness import on_max, on_pytorch, with_fallback
+from harness import load_checkpoint, on_max, on_pytorch, with_fallback
 from strategies import numbers, small, token_rows
 
 pytestmark = pytest.mark.allow_fallback
@@ -281,3 +281,32 @@ def test_projections_that_change_their_names(model):
         found = call(model, "decoder")
         expected = call(on_pytorch(model), "decoder")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def share_blocks(decoder):
+    decoder.blocks[1] = decoder.blocks[0]
+
+
+def tie_values_to_keys(decoder):
+    decoder.blocks[1].attn.value = decoder.blocks[1].attn.key
+
+
+def attend_alike(decoder):
+    decoder.blocks[1].cross_attn = decoder.blocks[1].attn
+
+
+@pytest.mark.parametrize("share", [share_blocks, tie_values_to_keys, attend_alike])
+@pytest.mark.parametrize("beam_size", [None, 3])
+def test_layers_whose_caches_upstream_takes_for_one(share, beam_size):
+    """Its caches go by module: keys of both places are in one, and other tokens come of it."""
+    model = load_checkpoint()
+    share(model.decoder)
+    mel = numbers((80, 3000), 5)
+    options = whisper.DecodingOptions(
+        language="en", fp16=False, sample_len=12, suppress_tokens=[50257], beam_size=beam_size
+    )
+    expected = whisper.decode(model, mel, options)
+    with with_fallback():
+        assert whisper.decode(model, mel, options).tokens == expected.tokens
+        (reason,) = whisper_max.status().targets["decoding_loop"].reasons
+    assert reason.startswith("a key or value layer stands in two places")

@@ -29,6 +29,10 @@ LARGEST = 1e15
 """Of mel spectrograms and audio features: squares of what layers make of more may overflow."""
 
 
+LARGEST_WEIGHT = 1e5
+"""What a trained model is far from: with more, sums and squares inside may overflow."""
+
+
 class UnsupportedByMax(RuntimeError):
     """A call cannot run on MAX.
 
@@ -235,9 +239,13 @@ def value_reasons(tensors: Mapping[str, torch.Tensor]) -> list[str]:
             causal = torch.full(shape, -torch.inf, device=tensor.device).triu_(1)
             if tensor.ndim != 2 or not torch.equal(tensor[:n_text_ctx, :n_text_ctx], causal):
                 reasons.append("mask is not the causal one")
-        # The sum is quick, and not finite where a number is not: seldom otherwise.
-        elif not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
-            reasons.append(f"{name} holds values that are not finite")
+        # Extremes of numbers with a NaN among them are NaN, which is below nothing.
+        elif tensor.numel() and not all(
+            bool(extreme.abs() <= LARGEST_WEIGHT) for extreme in tensor.aminmax()
+        ):
+            reasons.append(
+                f"{name} holds values that are not finite, or beyond {LARGEST_WEIGHT:.0e}"
+            )
     return reasons
 
 

@@ -18,6 +18,7 @@ from .dispatch import on_pytorch, out_of_memory_is_unsupported, refuse
 from .text_decoder import decoder_reasons
 
 if TYPE_CHECKING:
+    from torch import nn
     from whisper.model import Whisper
 
     from .runtime.by_device import Session
@@ -207,4 +208,15 @@ def inference_reasons(
         if audio_features.shape[1] <= n_text_ctx:
             # Upstream tells cross attention's cache from self-attention's by this length.
             reasons.append(f"the audio context is not longer than the text context, {n_text_ctx}")
+        if _shares_caches(model.decoder):
+            reasons.append(
+                "a key or value layer stands in two places, whose caches are one upstream"
+            )
     return reasons
+
+
+def _shares_caches(decoder: nn.Module) -> bool:
+    """Whether upstream keeps the keys or values of two places as one: its caches go by module."""
+    attentions = [a for block in decoder.blocks for a in (block.attn, block.cross_attn)]
+    cached = [layer for a in attentions for layer in (a.key, a.value)]
+    return len(set(cached)) < len(cached)
