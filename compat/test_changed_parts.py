@@ -10,6 +10,7 @@ from torch import nn
 import whisper_max
 from harness import load_checkpoint, on_max, on_pytorch, with_fallback
 from strategies import numbers, small, token_rows
+from whisper_max.conditions import UnsupportedByMax
 
 pytestmark = pytest.mark.allow_fallback
 
@@ -295,7 +296,16 @@ def attend_alike(decoder):
     decoder.blocks[1].cross_attn = decoder.blocks[1].attn
 
 
-@pytest.mark.parametrize("share", [share_blocks, tie_values_to_keys, attend_alike])
+def test_one_layer_for_keys_and_values():
+    """Upstream's cache then has twice as many values as keys, and PyTorch may crash of it."""
+    model = load_checkpoint()
+    tie_values_to_keys(model.decoder)
+    with whisper_max.patched(mode="strict", compile="blocking"):
+        with pytest.raises(UnsupportedByMax, match="a key or value layer stands in two places"):
+            whisper.decode(model, numbers((80, 3000), 5), language="en", fp16=False)
+
+
+@pytest.mark.parametrize("share", [share_blocks, attend_alike])
 @pytest.mark.parametrize("beam_size", [None, 3])
 def test_layers_whose_caches_upstream_takes_for_one(share, beam_size):
     """Its caches go by module: keys of both places are in one, and other tokens come of it."""
