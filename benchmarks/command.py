@@ -20,6 +20,26 @@ GPU_ARCHITECTURES = ("sm_80", "sm_90a")
 GPU_DTYPES = ("float16", "bfloat16", "float32")
 
 
+TAKES = {
+    "measure": {
+        "scenarios",
+        "models",
+        "peers",
+        "repeats",
+        "threads",
+        "add",
+        "quick",
+        "prepare",
+        "machine",
+        "work",
+    },
+    "report": set(),
+    "gpu-compile": {"models", "architectures", "dtypes"},
+    "gpu": {"models", "repeats", "machine"},
+}
+"""The options of each command."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
@@ -27,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    if stray := sorted(given - TAKES[options.command] - {"command"}):
+        parser.error(f"{options.command} takes no --{', --'.join(stray)}")
     beyond = set(options.models or ()) - set(models.SIZES)
     if beyond and options.command in ("measure", "report"):
         parser.error(f"{', '.join(sorted(beyond))}: only for gpu and gpu-compile")
@@ -152,7 +175,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(peers.PEER)}; all are loaded at once, which takes memory",
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds of every scenario")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="(default: 2)")
+    parser.add_argument(
+        "--threads", type=int, default=2, metavar="N", help="of every peer (default: 2)"
+    )
     parser.add_argument(
         "--add",
         action="store_true",
@@ -177,7 +202,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prepare", action="store_true", help="make weights and conversions, and stop"
     )
-    parser.add_argument("--machine", metavar="NAME", help="of the results file")
+    parser.add_argument(
+        "--machine", metavar="NAME", help="of the results file (default: of the CPU)"
+    )
     parser.add_argument(
         "--work",
         type=Path,

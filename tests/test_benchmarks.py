@@ -72,6 +72,21 @@ def test_without_a_gpu_none_is_measured(monkeypatch, capsys):
     assert "PyTorch finds no NVIDIA GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "stray"),
+    [
+        (["report", "--scenarios", "encoder"], "report takes no --scenarios"),
+        (["gpu-compile", "--repeats", "3"], "gpu-compile takes no --repeats"),
+        (["gpu", "--threads", "1", "--quick"], "gpu takes no --quick, --threads"),
+        (["--dtypes", "float32"], "measure takes no --dtypes"),
+    ],
+)
+def test_options_of_another_command_are_refused(capsys, arguments, stray):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert stray in capsys.readouterr().err
+
+
 def test_models_for_gpus_only_are_for_gpus_only(capsys):
     with pytest.raises(SystemExit):
         command.main(["--models", "turbo,tiny"])

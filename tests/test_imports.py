@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,10 @@ def test_the_lazy_names_are_those_that_type_checkers_see():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'whisper_max' has no attribute 'patsch'"):
         importlib.import_module("whisper_max").patsch
+
+
+def test_the_page_names_every_part():
+    page = (PACKAGE.parent / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    _, _, code = page.partition("## The code\n")
+    named = set(re.findall(r"\w+", code))
+    assert not {*LEAVES, *(part for layer in LAYERS for part in layer)} - named
