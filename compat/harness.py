@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -14,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import whisper
+from max.driver import Buffer
 from torch import Tensor, nn
 from whisper.model import TextDecoder, Whisper
 
 import whisper_max
 from whisper_max import demo, settings
+from whisper_max.conditions import UnsupportedByMax
 from whisper_max.runtime import compilation, storage
+from whisper_max.runtime.engine import Engine
 
 
 def compile_all(*precisions: str) -> Path:
@@ -81,6 +85,23 @@ def rehearsal() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(by_device, "_gpu_of", lambda device: rehearsing)
         yield
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """The same function of float32 numbers, computed in two ways."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def fail_from(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """MAX fails in the decoder's graph of this number, and in all after it."""
+    execute, steps = Engine.execute, itertools.count()
+
+    def failing(engine: Engine, graph: str, *operands: Buffer) -> list[Buffer]:
+        if graph.startswith("decoder") and next(steps) >= step:
+            raise UnsupportedByMax("out of memory, say")
+        return execute(engine, graph, *operands)
+
+    monkeypatch.setattr(Engine, "execute", failing)
 
 
 def load_checkpoint() -> Whisper:

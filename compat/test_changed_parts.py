@@ -8,7 +8,7 @@ import whisper
 from torch import nn
 
 import whisper_max
-from harness import load_checkpoint, on_max, on_pytorch, with_fallback
+from harness import assert_close, load_checkpoint, on_max, on_pytorch, with_fallback
 from strategies import numbers, small, token_rows
 from whisper_max.conditions import UnsupportedByMax
 
@@ -220,7 +220,7 @@ def test_biases_added_and_taken_away_run_on_max(model, target, name):
     expected = call(model, target)
     with on_max():
         found = call(whisper_max.accelerate(model), target)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("target", ["encoder", "decoder"])
@@ -232,7 +232,7 @@ def test_shared_blocks_run_on_max(model, target):
         expected = call(model, target)
         with on_max():
             found = call(whisper_max.accelerate(model), target)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert_close(found, expected)
         whisper_max.unpatch()
         part.blocks[2] = part.blocks[1]
 
@@ -245,7 +245,7 @@ def test_fewer_blocks_run_on_max(model, target):
     expected = call(model, target)
     with on_max():
         found = call(whisper_max.accelerate(model), target)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert_close(found, expected)
 
 
 def test_a_class_given_another_forward_in_the_middle(model, monkeypatch):
@@ -281,7 +281,7 @@ def test_projections_that_change_their_names(model):
             setattr(attention, name, part)
         found = call(model, "decoder")
         expected = call(on_pytorch(model), "decoder")
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert_close(found, expected)
 
 
 def share_blocks(decoder):

@@ -18,12 +18,11 @@ from whisper import decoding
 from whisper.model import MultiHeadAttention
 
 import whisper_max
-from harness import on_max, with_fallback
+from harness import fail_from, on_max, with_fallback
 from strategies import numbers
 from test_decoding_options import assert_same
 from whisper_max import UnsupportedByMax
 from whisper_max.runtime.decoder_session import DecoderSession
-from whisper_max.runtime.engine import Engine
 
 RECORDINGS = Path(__file__).parents[1] / "tests" / "recordings"
 TOKENS = torch.tensor([[50258, 50259, 50359, 50364, 300]])
@@ -407,18 +406,10 @@ def test_custom_filter_and_foreign_inference(plain, checkpoint, mel):
 def test_max_failing_in_the_middle(plain, checkpoint, mel, monkeypatch, options, step, loop):
     options = decoding.DecodingOptions(fp16=False, language="en", **options)
     expected = whisper.decode(plain, mel[0], options)
-    execute = Engine.execute
-    steps = iter(range(1000))
-
-    def failing(self, graph, *operands):
-        if graph.startswith("decoder") and next(steps) >= step:
-            raise UnsupportedByMax("out of memory, say")
-        return execute(self, graph, *operands)
-
     targets = ("encoder", "decoder", "inference")
     targets += ("decoding_loop",) if loop == "fused" else ()
     with whisper_max.patched(compile="blocking", targets=targets):
-        monkeypatch.setattr(Engine, "execute", failing)
+        fail_from(monkeypatch, step)
         found = whisper.decode(checkpoint, mel[0], options)
         target = "decoding_loop" if loop == "fused" else "inference"
         reasons = whisper_max.status().targets[target].reasons

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import on_pytorch
+from harness import assert_close, on_pytorch
 from recordings import samples
 from strategies import numbers, small, token_rows
 from whisper_max import settings
@@ -45,10 +45,6 @@ def without_gradients():
         yield
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_same_audio_is_encoded_once(model, executed):
     mel = numbers((1, 80, 120), 1)
     first, second, third = model.encoder(mel), model.encoder(mel), model.encoder(mel.clone())
@@ -60,9 +56,9 @@ def test_edited_audio_is_encoded_anew(model, executed):
     mel = numbers((1, 80, 120), 1)
     model.encoder(mel)
     mel[0, 3, 7] += 1
-    close(model.encoder(mel), on_pytorch(model).encoder(mel))
+    assert_close(model.encoder(mel), on_pytorch(model).encoder(mel))
     mel.numpy()[0, 4, 8] += 1  # behind PyTorch's back
-    close(model.encoder(mel), on_pytorch(model).encoder(mel))
+    assert_close(model.encoder(mel), on_pytorch(model).encoder(mel))
     assert executed["encoder"] == 3
 
 
@@ -93,7 +89,7 @@ def test_cross_attention_is_prepared_once_per_window(model, executed):
     assert executed["cross_kv"] == 1
     features[0, 2, 3] += 1
     tokens = token_rows((2, 5), 100, 9)
-    close(model.decoder(tokens, features), on_pytorch(model).decoder(tokens, features))
+    assert_close(model.decoder(tokens, features), on_pytorch(model).decoder(tokens, features))
     assert executed["cross_kv"] == 2
 
 
@@ -102,11 +98,11 @@ def test_weights_exchanged_through_data_for_others_in_the_same_memory(model):
     mel, bias = numbers((1, 80, 120), 1), model.encoder.conv1.bias
     memory = bias.numpy().copy()
     bias.data = torch.from_numpy(memory)
-    close(model.encoder(mel), on_pytorch(model).encoder(mel))
+    assert_close(model.encoder(mel), on_pytorch(model).encoder(mel))
     bias.data = torch.zeros(128)
     memory += 3
     bias.data = torch.from_numpy(memory)
-    close(model.encoder(mel), on_pytorch(model).encoder(mel))
+    assert_close(model.encoder(mel), on_pytorch(model).encoder(mel))
 
 
 def test_models_do_not_share_what_is_remembered(strict):
@@ -116,8 +112,8 @@ def test_models_do_not_share_what_is_remembered(strict):
     mel, features = numbers((1, 80, 120), 1), numbers((1, 60, 128), 2)
     tokens = token_rows((2, 5), 100, 1)
     for model in (one, other, one, other):
-        close(model.encoder(mel), on_pytorch(model).encoder(mel))
-        close(model.decoder(tokens, features), on_pytorch(model).decoder(tokens, features))
+        assert_close(model.encoder(mel), on_pytorch(model).encoder(mel))
+        assert_close(model.decoder(tokens, features), on_pytorch(model).decoder(tokens, features))
 
 
 @given(st.data())
@@ -137,7 +133,7 @@ def test_any_order_of_calls_and_edits(strict, data):
                 if result is not None:
                     result.zero_()
         result = model.encoder(mel)
-        close(result, on_pytorch(model).encoder(mel))
+        assert_close(result, on_pytorch(model).encoder(mel))
 
 
 def test_one_window_is_encoded_once_for_all_that_transcribe_does(
@@ -159,7 +155,7 @@ def test_only_single_windows_are_remembered(model, executed):
     tokens = token_rows((3, 5), 100, 1)
     expected = on_pytorch(model).decoder(tokens, features)
     for _ in range(2):
-        close(model.decoder(tokens, features), expected)
+        assert_close(model.decoder(tokens, features), expected)
         model.encoder(numbers((3, 80, 120), 1))
     assert executed["cross_kv"] == executed["encoder"] == 2
     gc.collect()
@@ -186,7 +182,7 @@ def test_the_next_window_gets_the_memory_of_the_last(model):
         features = numbers((1, 60, 128), seed)
         session = open_session(model, features)
         places.add(keys_of(session))
-        close(session.prefill(tokens, range(5)), twin.decoder(tokens, features))
+        assert_close(session.prefill(tokens, range(5)), twin.decoder(tokens, features))
         del session
     assert len(places) == 1
 
@@ -197,7 +193,7 @@ def test_a_window_that_is_still_decoded_keeps_its_memory(model):
     sessions = [open_session(model, window) for window in features]
     assert len({keys_of(session) for session in sessions}) == 4
     for session, window in zip(sessions, features):
-        close(session.prefill(tokens, range(5)), twin.decoder(tokens, window))
+        assert_close(session.prefill(tokens, range(5)), twin.decoder(tokens, window))
 
 
 def test_windows_of_another_length_get_memory_of_their_own(model):
@@ -205,7 +201,7 @@ def test_windows_of_another_length_get_memory_of_their_own(model):
     for frames in (60, 200, 60):
         features = numbers((1, frames, 128), frames)
         session = open_session(model, features)
-        close(session.prefill(tokens, range(5)), twin.decoder(tokens, features))
+        assert_close(session.prefill(tokens, range(5)), twin.decoder(tokens, features))
 
 
 def test_spare_memory_goes_with_its_model(model):
@@ -216,4 +212,4 @@ def test_spare_memory_goes_with_its_model(model):
     assert pool() is None
     tokens = token_rows((1, 5), 100, 1)
     features = numbers((1, 60, 128), 1)
-    close(session.prefill(tokens, range(5)), on_pytorch(model).decoder(tokens, features))
+    assert_close(session.prefill(tokens, range(5)), on_pytorch(model).decoder(tokens, features))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import whisper_max
-from harness import on_pytorch
+from harness import assert_close, on_pytorch
 from strategies import numbers, small, token_rows
 from whisper_max.conditions import UnsupportedByMax
 from whisper_max.runtime import decoder_session, loading, model_state, weights
@@ -36,10 +36,6 @@ def held_in(module):
     """The dtypes of the packed matrices."""
     ready = model_state._states[module]._ready
     return {str(buffer.dtype) for part in ready.packed for buffer in part if buffer.rank == 4}
-
-
-def assert_close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def assert_on_max(model):

@@ -13,7 +13,7 @@ import torch
 import whisper
 
 import whisper_max
-from harness import load_checkpoint, on_max
+from harness import assert_close, load_checkpoint, on_max
 from recordings import assert_same_result, samples
 from strategies import numbers, small, token_rows
 from whisper_max.runtime import model_state
@@ -52,10 +52,6 @@ def in_use():
     model = small().build()
     model(MEL, TOKENS)
     return model
-
-
-def assert_close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("protocol", range(1, pickle.HIGHEST_PROTOCOL + 1))

@@ -8,10 +8,9 @@ import whisper
 from whisper.decoding import DecodingOptions
 
 import whisper_max
-from harness import with_fallback
+from harness import fail_from, with_fallback
 from recordings import samples
-from whisper_max import UnsupportedByMax, decoding_loop
-from whisper_max.runtime.engine import Engine
+from whisper_max import decoding_loop
 
 OPTIONS = DecodingOptions(fp16=False, language="en", temperature=0.8, best_of=2, sample_len=8)
 
@@ -34,15 +33,8 @@ def drawn(model, features):
 def test_max_failing_in_the_middle(plain, checkpoint, features, monkeypatch, step):
     torch.manual_seed(5)
     expected = drawn(plain, features)
-    execute, steps = Engine.execute, iter(range(1000))
-
-    def failing(self, graph, *operands):
-        if graph.startswith("decoder") and next(steps) >= step:
-            raise UnsupportedByMax("out of memory, say")
-        return execute(self, graph, *operands)
-
     with with_fallback():
-        monkeypatch.setattr(Engine, "execute", failing)
+        fail_from(monkeypatch, step)
         torch.manual_seed(5)
         assert drawn(checkpoint, features) == expected
         assert whisper_max.status().targets["decoding_loop"].torch_calls == 1

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 # Of the tensors that the graphs take, by the kind of device. Float16 is upstream's on a GPU.
 _DTYPES = {"cpu": ("torch.float32",), "cuda": ("torch.float16", "torch.float32")}
 
-
 ASK_FOR_GPUS = (
     "the graphs for GPUs have never run on one, and patch(device='cuda') has to ask for them"
 )
@@ -27,7 +26,6 @@ ASK_FOR_GPUS = (
 
 LARGEST = 1e15
 """Of mel spectrograms and audio features: squares of what layers make of more may overflow."""
-
 
 LARGEST_WEIGHT = 1e5
 """What a trained model is far from: with more, sums and squares inside may overflow."""
@@ -65,9 +63,7 @@ def device_reasons(device: torch.device, wanted: str | None) -> list[str]:
     if wanted not in (None, device.type):
         return [f"the model is on {device}, and device is {wanted!r}"]
     if device.type == "cuda" and wanted is None:
-        return [
-            f"the model is on {device}: {ASK_FOR_GPUS}"
-        ]
+        return [f"the model is on {device}: {ASK_FOR_GPUS}"]
     return []
 
 
