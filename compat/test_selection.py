@@ -201,4 +201,4 @@ def test_one_thread_where_pytorch_has_one(strict):
             case.on_max(6)
             case.session._state.length -= 1
 
-        assert busy_cpus(choose) < 1.2
+        assert busy_cpus(choose) < 1.3
