@@ -89,11 +89,14 @@ def _measure(options: argparse.Namespace) -> int:
     results = campaign.begin(plan)
     path = destination.results / f"{options.machine or machine.name_of(results.machine)}.json"
     earlier = load(path) if options.add and path.exists() else None
-    if earlier is not None and (why := why_apart(earlier, results)):
+    alone = set(options.scenarios) == {"first_run"}
+    if earlier is not None and not alone and (why := why_apart(earlier, results)):
         print(f"cannot add to {path}: {why}", file=sys.stderr)
         return REFUSED
 
     def keep() -> None:
+        if alone and results.first_run is None:
+            return
         save(results if earlier is None else merged(earlier, results), path)
 
     campaign.run(plan, results, _say, keep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from .peers import OURS
 from .results import Results
 
 
@@ -16,6 +17,10 @@ def merged(old: Results, new: Results) -> Results:
     """
     if why := why_apart(old, new):
         raise ValueError(why)
+    if old.versions != new.versions:  # then it is the first run alone
+        first_run = dataclasses.replace(new.first_run, sources=new.versions[OURS])
+        minutes = round(old.minutes + new.minutes, 1)
+        return dataclasses.replace(old, first_run=first_run, minutes=minutes)
     again = {(one.scenario, one.model) for one in new.measurements}
     retimed = {one.model for one in new.overheads}
     restarted = {one.model for one in new.starts}
@@ -38,15 +43,26 @@ def merged(old: Results, new: Results) -> Results:
 
 
 def why_apart(old: Results, new: Results) -> str:
-    """Why results cannot be put together, "" when they can: one machine, the same versions."""
+    """Why results cannot be put together, "" when they can: one machine, the same versions.
+
+    The first run, which compares whisper_max with nothing but itself and openai-whisper, may be of
+    other sources, if it is all that is new.
+    """
+    ours = {} if _more_than_first_run(new) else {OURS: ""}
     for name, before, now in (
         ("machine", _identity(old), _identity(new)),
-        ("versions", old.versions, new.versions),
+        ("versions", {**old.versions, **ours}, {**new.versions, **ours}),
         ("threads", old.threads, new.threads),
     ):
         if before != now:
             return f"its {name}: {before}, now {now}; measure everything again, without --add"
     return ""
+
+
+def _more_than_first_run(results: Results) -> bool:
+    return results.first_run is None or any(
+        (results.measurements, results.starts, results.overheads, results.accuracy)
+    )
 
 
 def _identity(results: Results) -> tuple[object, object]:

@@ -100,6 +100,7 @@ class FirstRun:
     changed : the first transcription, by its place in `patched`, that ran on MAX altogether; -1
         if there was none
     identical : whether all texts were the same
+    sources : of whisper_max, where they are not those of the other results
     """
 
     model: str
@@ -107,6 +108,7 @@ class FirstRun:
     patched: list[float]
     changed: int
     identical: bool
+    sources: str = ""
 
 
 @dataclass

@@ -45,6 +45,15 @@ def _autogroup_niceness():
         return None
 
 
+def wait_for_a_share(key, path):
+    """Writes this session's niceness, first and when it has changed."""
+    count(key)
+    first, end = _autogroup_niceness(), time.monotonic() + 10
+    while _autogroup_niceness() == first and time.monotonic() < end:
+        time.sleep(0.05)
+    path.write_text(json.dumps([first, _autogroup_niceness()]))
+
+
 def describe_process(key, path):
     count(key)
     descriptors = {}

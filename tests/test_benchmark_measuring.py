@@ -19,6 +19,7 @@ from benchmarks.overhead import measure_overhead
 from benchmarks.party import Party, fill, same_result
 from benchmarks.peers import PEER
 from benchmarks.peers.interface import Outcome
+from benchmarks.report.others import first_run_lines
 from benchmarks.results import Accuracy, Measurement, Overhead
 from benchmarks.samples import speed_up, summarize
 from benchmarks.scenarios import FORCED_TOKENS, NAMES, SCENARIO, shortened
@@ -246,6 +247,20 @@ def test_what_was_measured_again_replaces_whole_turns():
     assert both.first_run == old.first_run
     assert both.overheads == old.overheads + new.overheads
     assert both.minutes == old.minutes + new.minutes
+
+
+def test_a_first_run_of_later_sources_says_so():
+    old, new = made_up_results(), made_up_results()
+    old.versions = {"torch": "2", "whisper_max": "0.1, sources a"}
+    new.versions = {"torch": "2", "whisper_max": "0.1, sources b"}
+    assert "versions" in why_apart(old, new)  # there is more in it
+    new.measurements, new.accuracy, new.starts, new.overheads = [], [], [], []
+    both = merged(old, new)
+    assert both.first_run.sources == "0.1, sources b"
+    assert (both.versions, both.measurements) == (old.versions, old.measurements)
+    assert "measured with whisper_max 0.1, sources b" in first_run_lines(both.first_run)[0]
+    new.versions["torch"] = "3"
+    assert "versions" in why_apart(old, new)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_the_compiling_process_is_on_its_own(compiling, monkeypatch, tmp_path):
     assert process["descriptors"]["1"].startswith(f"{cache}/{KEY.stem}.log")
     if limits.cpu_quota() is None:  # with one it pauses instead
         assert process["niceness"] == 19
-        assert process["autogroup"] in (13, None)
+        assert process["autogroup"] in (compile_worker.AUTOGROUP_NICENESS, None)
         assert process["scheduler"] == os.SCHED_IDLE
     assert process["oom_score_adj"] == "1000"
     # Neither dies with this process's terminal, nor the supervisor with the compiler's group.
@@ -151,6 +151,20 @@ def test_the_compiling_process_is_on_its_own(compiling, monkeypatch, tmp_path):
     assert environment["MODULAR_TELEMETRY_ENABLED"] == "0"
     assert environment["MODULAR_CACHE_DIR"] == str(cache / "modular")
     assert environment["TMPDIR"].startswith(str(cache / "modular" / "kernels-"))
+
+
+@pytest.mark.skipif(
+    limits.cpu_quota() is not None or not Path("/proc/self/autogroup").exists(),
+    reason="it pauses for a quota, or sessions are not weighed against each other",
+)
+def test_a_compile_that_waits_too_long_gets_a_share(compiling, monkeypatch):
+    """Beside a program that leaves it nothing."""
+    cache = compiling.cache
+    monkeypatch.setattr(compilation, "PATIENCE_SECONDS", 1.0)
+    ensure(KEY, cache, "wait_for_a_share", policy="background")
+    wait_for(lambda: compilation.state(KEY, cache).ready)
+    first, later = json.loads(artifacts.find(KEY, cache).read_text())
+    assert (first, later) == (compile_worker.AUTOGROUP_NICENESS, 0)
 
 
 def test_blocking_compile_has_normal_priority(compiling):

@@ -113,6 +113,8 @@ def first_run_lines(first_run: FirstRun) -> list[str]:
                 f" Until then a further transcription took {slower:.2f} times as long as with "
                 "plain openai-whisper."
             )
+    if first_run.sources:
+        change += f" This was measured with whisper_max {first_run.sources}."
     texts = "All texts are identical." if first_run.identical else "**Texts differ.**"
     return [
         f"A script of {count} transcriptions takes {duration(first_run.plain[-1])} with plain "

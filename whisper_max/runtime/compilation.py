@@ -24,6 +24,7 @@ from .limits import available_memory
 logger = logging.getLogger("whisper_max")
 
 LIMIT_SECONDS = 60 * 60.0  # in the background, on a busy machine, a compile gets little of the CPU
+PATIENCE_SECONDS = 180.0  # for so long a compile in the background only takes what is left over
 EXPECTED_SECONDS = 40.0  # what the progress bar goes by before the first compile
 NEEDED_MEMORY = 3 << 30  # bytes
 NEEDED_DISK = 256 << 20  # bytes
@@ -166,6 +167,7 @@ def _start(
             sys_path=[os.path.abspath(entry) for entry in (*sys.path, str(PACKAGE.parent))],
             limit_seconds=limit_seconds,
             niceness=_BACKGROUND_NICENESS if policy == "background" else 0,
+            patience_seconds=PATIENCE_SECONDS,
             force=force,
         )
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -32,7 +32,7 @@ from .fingerprint import fingerprint, kernels_digest
 from .storage import BUILDER
 
 ENGINE_CACHE_LIMIT = 1 << 30  # bytes
-AUTOGROUP_NICENESS = 13  # some 5% of each busy CPU
+AUTOGROUP_NICENESS = 19  # less than 2% of a busy CPU
 LOOK_SECONDS = 0.1
 """So long a compile runs in a container with a quota before it is seen whether that is used up."""
 PAUSE_SECONDS = 0.9
@@ -59,6 +59,7 @@ class CompileJob:
     compiler : "package.module:function", called as `function(key, path)` to write the MEF
     fingerprint : that of the asking process; compiling anything else under this key's name fails
     niceness : as in os.nice, 0 to 19
+    patience_seconds : how long it takes no more than the program leaves, if niceness is positive
     force : compile although it failed not long ago
     """
 
@@ -69,6 +70,7 @@ class CompileJob:
     sys_path: list[str]
     limit_seconds: float
     niceness: int
+    patience_seconds: float
     force: bool
 
     def command(self, role: str) -> list[str]:
@@ -196,7 +198,7 @@ def _run(job: CompileJob, folder: Path, scratch: Path) -> str | None:
         if _pauses(job.niceness):
             status = _wait_with_pauses(child, job.limit_seconds)
         else:
-            status = child.wait(job.limit_seconds)
+            status = _wait_with_patience(child, job)
     except subprocess.TimeoutExpired:
         return f"it took longer than {job.limit_seconds:g} s and was stopped"
     finally:
@@ -209,6 +211,21 @@ def _run(job: CompileJob, folder: Path, scratch: Path) -> str | None:
     if status < 0:
         return f"it crashed (signal {-status}: {signal.strsignal(-status)})"
     return f"it ended with status {status}" if status else None
+
+
+def _wait_with_patience(child: subprocess.Popen, job: CompileJob) -> int:
+    """Wait for the compiler; beside a program that never pauses it gets a share after a while.
+
+    It slows the program down then, for less than a minute on 2 CPUs. A program that has run for
+    so long makes up for that with what MAX saves; a shorter one has not been slowed down at all.
+    """
+    patience = min(job.patience_seconds, job.limit_seconds)
+    with suppress(subprocess.TimeoutExpired):
+        return child.wait(patience)
+    if job.niceness > 0:
+        with suppress(OSError):  # it has ended meanwhile, or Linux has no autogroups
+            Path(f"/proc/{child.pid}/autogroup").write_text("0")
+    return child.wait(job.limit_seconds - patience)
 
 
 def _pauses(niceness: int) -> bool:
@@ -301,8 +318,8 @@ def _step_back(niceness: int) -> None:
     Linux weighs sessions against each other (autogroups), and niceness only within one: ours would
     take half of the CPU, and slow PyTorch down many times over, whose threads wait for each other.
     Idle scheduling makes it also wait for its share, where it would interrupt PyTorch for it, and
-    halves what PyTorch loses. So a compile ends in minutes beside a program that never pauses; at
-    autogroup niceness 19 it takes longer than most programs.
+    halves what PyTorch loses. Beside a program that never pauses a compile then takes longer than
+    most programs; so it gets more after `patience_seconds`.
     """
     if niceness <= 0 or _pauses(niceness):
         return
