@@ -19,7 +19,6 @@ ON_GPUS = ("large-v3", "turbo")  # too large for the other benchmarks
 GPU_ARCHITECTURES = ("sm_80", "sm_90a")
 GPU_DTYPES = ("float16", "bfloat16", "float32")
 
-
 TAKES = {
     "measure": {
         "scenarios",
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stray := sorted(given - TAKES[options.command] - {"command"}):
         parser.error(f"{options.command} takes no --{', --'.join(stray)}")
     beyond = set(options.models or ()) - set(models.SIZES)
-    if beyond and options.command in ("measure", "report"):
+    if beyond and options.command == "measure":
         parser.error(f"{', '.join(sorted(beyond))}: only for gpu and gpu-compile")
     if options.command == "gpu-compile":
         return _gpu_compile(options)

@@ -27,7 +27,6 @@ PACKAGES = (
 BUSY = 0.3  # CPUs: when others keep more than this busy, times are not to be trusted
 WARNING = "the machine was busy with something else: do not trust the figures"
 STAT = Path("/proc/stat")
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe() -> dict[str, object]:
@@ -59,17 +58,12 @@ def _ticks() -> list[int]:
 
 def _cpu_kind() -> str | None:
     """What tells one generation from another where the name does not, as in a virtual machine."""
-    found = []
-    for name in ("vendor_id", "cpu family", "model"):
-        match = re.search(rf"^{name}\s*: (.+)$", _cpuinfo(), re.MULTILINE)
-        if match is None:
-            return None
-        found.append(match[1])
-    return "{}, family {}, model {}".format(*found)
-
-
-def _cpuinfo() -> str:
-    return CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
+    if not hardware.CPUINFO.exists():  # not Linux
+        return None
+    text = hardware.CPUINFO.read_text(errors="replace")
+    names = ("vendor_id", "cpu family", "model")
+    found = [re.search(rf"^{name}\s*: (.+)$", text, re.MULTILINE) for name in names]
+    return "{}, family {}, model {}".format(*(m[1] for m in found)) if all(found) else None
 
 
 def versions() -> dict[str, str]:

@@ -17,9 +17,9 @@ def merged(old: Results, new: Results) -> Results:
     """
     if why := why_apart(old, new):
         raise ValueError(why)
+    minutes = round(old.minutes + new.minutes, 1)
     if old.versions != new.versions:  # then it is the first run alone
         first_run = dataclasses.replace(new.first_run, sources=new.versions[OURS])
-        minutes = round(old.minutes + new.minutes, 1)
         return dataclasses.replace(old, first_run=first_run, minutes=minutes)
     again = {(one.scenario, one.model) for one in new.measurements}
     retimed = {one.model for one in new.overheads}
@@ -38,7 +38,7 @@ def merged(old: Results, new: Results) -> Results:
         overheads=[one for one in old.overheads if one.model not in retimed] + new.overheads,
         accuracy=new.accuracy or old.accuracy,
         first_run=new.first_run or old.first_run,
-        minutes=round(old.minutes + new.minutes, 1),
+        minutes=minutes,
     )
 
 
@@ -60,9 +60,8 @@ def why_apart(old: Results, new: Results) -> str:
 
 
 def _more_than_first_run(results: Results) -> bool:
-    return results.first_run is None or any(
-        (results.measurements, results.starts, results.overheads, results.accuracy)
-    )
+    others = (results.measurements, results.starts, results.overheads, results.accuracy)
+    return results.first_run is None or any((*others, results.thread_scaling))
 
 
 def _identity(results: Results) -> tuple[object, object]:

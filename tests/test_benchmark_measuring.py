@@ -255,6 +255,8 @@ def test_a_first_run_of_later_sources_says_so():
     new.versions = {"torch": "2", "whisper_max": "0.1, sources b"}
     assert "versions" in why_apart(old, new)  # there is more in it
     new.measurements, new.accuracy, new.starts, new.overheads = [], [], [], []
+    assert "versions" in why_apart(old, new)  # threads, still
+    new.thread_scaling = []
     both = merged(old, new)
     assert both.first_run.sources == "0.1, sources b"
     assert (both.versions, both.measurements) == (old.versions, old.measurements)

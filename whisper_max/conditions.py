@@ -227,6 +227,8 @@ def value_reasons(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Reasons that lie in the numbers of a module's parameters and buffers, by name."""
     import torch
 
+    from . import on_one_thread
+
     reasons = []
     for name, tensor in tensors.items():
         if name == "mask":
@@ -235,10 +237,7 @@ def value_reasons(tensors: Mapping[str, torch.Tensor]) -> list[str]:
             causal = torch.full(shape, -torch.inf, device=tensor.device).triu_(1)
             if tensor.ndim != 2 or not torch.equal(tensor[:n_text_ctx, :n_text_ctx], causal):
                 reasons.append("mask is not the causal one")
-        # Extremes of numbers with a NaN among them are NaN, which is below nothing.
-        elif tensor.numel() and not all(
-            bool(extreme.abs() <= LARGEST_WEIGHT) for extreme in tensor.aminmax()
-        ):
+        elif tensor.numel() and not on_one_thread.all_below_on_any(LARGEST_WEIGHT, tensor):
             reasons.append(
                 f"{name} holds values that are not finite, or beyond {LARGEST_WEIGHT:.0e}"
             )

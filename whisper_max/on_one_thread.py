@@ -117,8 +117,13 @@ _pytorch = ctypes.CDLL(torch._C.__file__)  # and the OpenMP library that PyTorch
 def all_below(limit: float, tensor: Tensor) -> bool:
     """Whether no number is NaN, or larger in magnitude; the tensor is not empty."""
     with only_this_thread():
-        # Extremes of numbers with a NaN among them are NaN, which is below nothing.
-        return all(bool(extreme.abs() <= limit) for extreme in tensor.detach().aminmax())
+        return all_below_on_any(limit, tensor)
+
+
+def all_below_on_any(limit: float, tensor: Tensor) -> bool:
+    """The same on all of PyTorch's threads: for weights, which are many and looked at once."""
+    # Extremes of numbers with a NaN among them are NaN, which is below nothing.
+    return all(bool(extreme.abs() <= limit) for extreme in tensor.detach().aminmax())
 
 
 def copy(tensor: Tensor) -> Tensor:

@@ -93,9 +93,7 @@ class FasterWhisper(Peer):
 
         return run
 
-    def speech(
-        self, audio: str, beams: int, words: bool, retries: bool = True
-    ) -> Operation:
+    def speech(self, audio: str, beams: int, words: bool, retries: bool = True) -> Operation:
         variants = Alternating(self.setup.inputs.audio(audio))
 
         def run() -> Outcome:

@@ -85,9 +85,7 @@ class Peer:
         """
         raise NotOffered("it does not decode by itself")
 
-    def speech(
-        self, audio: str, beams: int, words: bool, retries: bool = True
-    ) -> Operation:
+    def speech(self, audio: str, beams: int, words: bool, retries: bool = True) -> Operation:
         """Times transcribing a recording of `inputs`, mel spectrogram and language included.
 
         retries : at higher temperatures, where a window's text is improbable; the draws, and with

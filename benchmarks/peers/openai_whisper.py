@@ -99,9 +99,7 @@ class OpenAIWhisper(Peer):
 
         return run
 
-    def speech(
-        self, audio: str, beams: int, words: bool, retries: bool = True
-    ) -> Operation:
+    def speech(self, audio: str, beams: int, words: bool, retries: bool = True) -> Operation:
         variants = Alternating(self.setup.inputs.audio(audio))
 
         def run() -> Outcome:

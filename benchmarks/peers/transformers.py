@@ -105,9 +105,7 @@ class Transformers(Peer):
 
         return run
 
-    def speech(
-        self, audio: str, beams: int, words: bool, retries: bool = True
-    ) -> Operation:
+    def speech(self, audio: str, beams: int, words: bool, retries: bool = True) -> Operation:
         if words:
             raise NotOffered("its word times come with other segments")
         variants = Alternating(self.setup.inputs.audio(audio))

@@ -101,10 +101,7 @@ class UpstreamParser(Parser):
         # Before the parser: of what the check of a value says, argparse tells nothing.
         check_model(self.arguments)
         ours = self.add_argument_group("options of whisper_max")
-        added = [
-            *add_options(ours),
-            *add_profile(ours),
-        ]
+        added = [*add_options(ours), *add_profile(ours)]
         self._ours = added
         options = vars(super().parse_args(self.arguments))
         taken = {action.dest: options.pop(action.dest) for action in added}
@@ -138,9 +135,9 @@ def _begin(stack: ExitStack, ours: argparse.Namespace, theirs: argparse.Namespac
 def _tell_what_ran(options: argparse.Namespace) -> None:
     """What was asked for; without --profile that nothing ran on MAX, where that is so, and why."""
     tell_what_ran(options)
-    status = whisper_max.status()
     if options.profile:
         return
+    status = whisper_max.status()
     counted = status.targets.values()
     reasons = {reason: None for one in counted for reason in one.reasons}
     if status.mode == "auto" and reasons and not any(one.max_calls for one in counted):

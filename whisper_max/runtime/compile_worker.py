@@ -217,7 +217,7 @@ def _wait_with_patience(child: subprocess.Popen, job: CompileJob) -> int:
     """Wait for the compiler; beside a program that never pauses it gets a share after a while.
 
     It slows the program down then, for less than a minute on 2 CPUs. A program that has run for
-    so long makes up for that with what MAX saves; a shorter one has not been slowed down at all.
+    so long makes up for that with what MAX saves; a shorter one has only been slowed down a little.
     """
     patience = min(job.patience_seconds, job.limit_seconds)
     with suppress(subprocess.TimeoutExpired):

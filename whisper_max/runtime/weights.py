@@ -102,9 +102,9 @@ def reach(state: State) -> tuple[float, float]:
 def may_overflow(reach: tuple[float, float], features: Tensor) -> bool:
     """Whether keys or values of these features may exceed float16.
 
-    A product of two vectors is at most that of their lengths (Cauchy-Schwarz). The
-    bundled model stays below a hundredth of the limit, and of one that does not, PyTorch does the
-    work: so no more exact answer is needed.
+    A product of two vectors is at most that of their lengths (Cauchy-Schwarz). The bundled model
+    stays below a hundredth of the limit, and one that does not is PyTorch's: so no more exact
+    answer is needed.
     """
     longest, bias = reach
     return longest * on_one_thread.longest_row(features) + bias > 0.98 * FLOAT16_MAX
