@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from harness import assert_close, on_pytorch
 from recordings import samples
 from strategies import numbers, small, token_rows
-from whisper_max import settings
+from whisper_max import UnsupportedByMax, settings
 from whisper_max.runtime import model_state
 from whisper_max.runtime.decoder_session import DecoderSession
 from whisper_max.runtime.engine import CrossCache, Engine
@@ -91,6 +91,49 @@ def test_cross_attention_is_prepared_once_per_window(model, executed):
     tokens = token_rows((2, 5), 100, 9)
     assert_close(model.decoder(tokens, features), on_pytorch(model).decoder(tokens, features))
     assert executed["cross_kv"] == 2
+
+
+FEATURES = st.builds(
+    numbers,
+    st.tuples(st.integers(1, 3), st.integers(1, 70), st.just(128)),
+    st.integers(0, 100),
+    st.sampled_from([0.0, 1e-3, 1.0, 1e12]),
+)
+
+
+def cross_cache(decoder, features) -> CrossCache:
+    """Keys and values of a small model's decoder."""
+    state = model_state.state_of(decoder, "decoder")
+    ready = state.ready(decoder, settings.active())
+    return CrossCache(ready.engine, ready.packed[0], features, 2, ready.cross, state.pool)
+
+
+@given(features=FEATURES)
+def test_what_is_read_of_features_is_remembered_and_measured(model, features):
+    cross = cross_cache(model.decoder, features)
+    if len(features) == 1:
+        assert torch.equal(cross.copied, features)
+    else:
+        assert len(cross.copied) == 0  # several windows are not remembered
+    expected = features.double().norm(dim=-1).max().item()
+    assert cross.max_norm == pytest.approx(expected, rel=1e-5)
+
+
+@given(FEATURES, st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30]), st.data())
+def test_one_number_that_is_none_is_seen(model, features, value, data):
+    place = tuple(data.draw(st.integers(0, size - 1)) for size in features.shape)
+    features[place] = value
+    assert not cross_cache(model.decoder, features).max_norm <= 1e15
+
+
+def test_features_that_are_not_finite_are_pytorchs(model):
+    features = numbers((1, 60, 128), 2)
+    features[0, 59, 127] = torch.nan
+    with pytest.raises(UnsupportedByMax, match="audio features hold values that are not finite"):
+        model.decoder(token_rows((1, 5), 100, 1), features)
+    features[0, 59, 127] = 0
+    tokens = token_rows((2, 5), 100, 1)
+    assert_close(model.decoder(tokens, features), on_pytorch(model).decoder(tokens, features))
 
 
 def test_weights_exchanged_through_data_for_others_in_the_same_memory(model):

@@ -71,9 +71,11 @@ class Case:
         rules = Rules.of(self.task)
         selection = self.session.selection(rules.suppressed, rules.n_vocab, count)
         rows = self.tokens.tolist()
-        return self.session.select(
+        ranked = self.session.select(
             [row[-1] for row in rows], selection, [rules.after(row) for row in rows]
         )
+        logprobs, best = (np.reshape(numbers, (len(rows), count)) for numbers in ranked)
+        return logprobs, best
 
     def on_torch(self) -> Tensor:
         """Log probabilities after upstream's filters, (rows, n_vocab)."""

@@ -317,7 +317,7 @@ def test_greedy_decoding_ranks_one_token(engine):
     for count, graph in ((1, "decoder_greedy_step"), (2, "decoder_step")):
         selection = decode.selection((), SIZES.n_vocab, count)
         logprobs, best = decode.select([3, 4], selection, RULES)
-        assert logprobs.shape == best.shape == (2, count)
+        assert len(logprobs) == len(best) == 2 * count
         assert engine.graphs[graph].names == ["execute"]
 
 

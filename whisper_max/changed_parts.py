@@ -25,18 +25,23 @@ class Part(NamedTuple):
         part that has none
     kernel : the size of a convolution's kernel, the last axis of its weight
     heard : whether hooks that only listen are called beside MAX, by `listeners`
+    shape : of its weight, for one n_state
+    settings : what its attributes should be
     """
 
     cls: str
     weight: tuple[int | None, ...] = ()
     kernel: tuple[int, ...] = ()
     heard: bool = False
+    shape: tuple[int | None, ...] = ()
+    settings: tuple[tuple[str, object], ...] = ()
 
 
 def _linear(outputs: int, inputs: int) -> Part:
     return Part("whisper.model.Linear", (outputs, inputs))
 
 
+_ATTENTION = "whisper.model.MultiHeadAttention"
 _NORM = Part("whisper.model.LayerNorm", (1,))
 _BLOCKS = Part("torch.nn.modules.container.ModuleList")
 _ENCODER = {
@@ -54,7 +59,7 @@ _DECODER = {
 
 def _attention(name: str, *, heard: bool = False) -> dict[str, Part]:
     return {
-        f".{name}": Part("whisper.model.MultiHeadAttention", heard=heard),
+        f".{name}": Part(_ATTENTION, heard=heard),
         **{f".{name}.{part}": _linear(1, 1) for part in ("query", "key", "value", "out")},
         f".{name}_ln": _NORM,
     }
@@ -152,17 +157,51 @@ def only_listens(part: nn.Module) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _expected(decoder: bool, blocks: int) -> dict[str, Part]:
-    """All parts by name."""
+def _expected(decoder: bool, blocks: int, n_state: int) -> dict[str, Part]:
+    """All parts by name, with their shapes and settings."""
     parts, block = (_DECODER, _DECODER_BLOCK) if decoder else (_ENCODER, _ENCODER_BLOCK)
     of_blocks = {f"blocks.{i}{name}": block[name] for i in range(blocks) for name in block}
-    return {**parts, **of_blocks}
+    return {name: _for(n_state, name, part) for name, part in {**parts, **of_blocks}.items()}
+
+
+def _for(n_state: int, name: str, part: Part) -> Part:
+    sizes = [None if times is None else times * n_state for times in part.weight]
+    keys = part.cls.rpartition(".")[2], name
+    settings = [item for key in keys for item in _SETTINGS.get(key, {}).items()]
+    return part._replace(shape=(*sizes, *part.kernel), settings=tuple(settings))
+
+
+class _Classes:
+    """The classes of a module's parts, each looked at once."""
+
+    def __init__(self) -> None:
+        self._found: dict[type, tuple[str, str | None]] = {}
+        self._replaced: dict[type, str | None] = {}
+
+    def look_at(self, cls: type) -> tuple[str, str | None]:
+        """Its full name, and a method of it or of what it extends that was replaced, if any."""
+        found = self._found.get(cls)
+        if found is None:
+            replaced = next(filter(None, map(self._replaced_in, cls.__mro__)), None)
+            found = self._found[cls] = f"{cls.__module__}.{cls.__qualname__}", replaced
+        return found
+
+    def _replaced_in(self, base: type) -> str | None:
+        if base not in self._replaced:
+            own = vars(base)
+            replaced = [
+                name
+                for name in (*_METHODS, *_CALLS)
+                if name in own and is_replaced(own[name], base.__module__)
+            ]
+            self._replaced[base] = replaced[0] if replaced else None
+        return self._replaced[base]
 
 
 def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
     # Our own class, whose forward stands in for that of upstream's.
-    classes: dict[type, tuple[str, ...]] = {}
-    changed = _changed_method(type(module), classes)
+    classes = _Classes()
+    _, changed = classes.look_at(type(module))
     if changed:
         yield f"its class was given another {changed}"
     attention = getattr(sys.modules["whisper.model"], "scaled_dot_product_attention", None)
@@ -176,7 +215,7 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
     n_state = positions.shape[1]
     found = dict(named_parts(module))
     count = len(found.get("blocks", ()))
-    expected = _expected(decoder, count)
+    expected = _expected(decoder, count, n_state)
     if count == 0:
         yield "it has no blocks"
     heads = getattr(found.get("blocks.0.attn"), "n_head", None)
@@ -189,7 +228,7 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
         elif name not in expected:
             change = f"{name} is no part of upstream's"
         else:
-            change = _change(name, found[name], expected[name], n_state, heads, classes)
+            change = _change(name, found[name], expected[name], heads, classes)
         if change is not None:
             yield change
             told += (f"{name}.",)
@@ -216,55 +255,46 @@ def head_reasons(heads: int, n_state: int) -> list[str]:
 
 
 def _change(
-    name: str,
-    child: nn.Module,
-    part: Part,
-    n_state: int,
-    heads: int | None,
-    classes: dict[type, tuple[str, ...]],
+    name: str, child: nn.Module, part: Part, heads: int | None, classes: _Classes
 ) -> str | None:
-    """How a part is not what upstream has in this place, if so.
-
-    classes : see `_changed_method`
-    """
-    cls = type(child)
-    if (where := f"{cls.__module__}.{cls.__qualname__}") != part.cls:
+    """How a part is not what upstream has in this place, if so."""
+    where, changed = classes.look_at(type(child))
+    if where != part.cls:
         return f"{name} was replaced by {where}"
     own = vars(child)
     if any(map(own.get, HOOKS)) and not (part.heard and only_listens(child)):
         return f"{name} has hooks"
-    changed = next(iter(own.keys() & _METHODS), None) or _changed_method(cls, classes)
+    changed = next((method for method in _METHODS if method in own), changed)
     if changed:
         return f"{name}.{changed} was replaced"
-    if "parametrizations" in child._modules:
+    if "parametrizations" in own["_modules"]:
         return f"{name} is parametrized"
-    for key in (cls.__name__, name):
-        for setting, value in _SETTINGS.get(key, {}).items():
-            if (found := getattr(child, setting, None)) != value:
-                return f"{name} has {setting}={found!r}"
-    if cls.__name__ == "MultiHeadAttention" and child.n_head != heads:
+    for setting, value in part.settings:
+        if (found := getattr(child, setting, None)) != value:
+            return f"{name} has {setting}={found!r}"
+    if part.cls == _ATTENTION and child.n_head != heads:
         return f"{name} has n_head={child.n_head!r}"
-    if part.weight and (changed := _changed_parameters(child, part, n_state)):
+    if part.shape and (changed := _changed_parameters(child, part)):
         return f"{name} {changed}"
     return None
 
 
-def _changed_parameters(child: nn.Module, part: Part, n_state: int) -> str | None:
+def _changed_parameters(child: nn.Module, part: Part) -> str | None:
     """How the weight or bias of a part is not as upstream's, if so."""
-    weight, bias = (_own_tensor(child, name) for name in ("weight", "bias"))
+    weight, bias = _own_tensor(child, "weight"), _own_tensor(child, "bias")
     if weight is None:
         return "has no weight of its own"
-    sizes = [None if times is None else times * n_state for times in part.weight]
-    expected = (*sizes, *part.kernel)
-    if len(weight.shape) != len(expected) or any(
-        size not in (None, length) for size, length in zip(expected, weight.shape)
+    shape = weight.shape
+    if shape != part.shape and (
+        len(shape) != len(part.shape)
+        or any(size not in (None, length) for size, length in zip(part.shape, shape))
     ):
-        return f"has weights of shape {tuple(weight.shape)}"
+        return f"has weights of shape {tuple(shape)}"
     if bias is None:
         # A linear layer may go without. But one that is no parameter would go unseen.
         unseen = getattr(child, "bias", None) is not None
         return "has no bias of its own" if unseen or part.cls == _NORM.cls else None
-    if bias.shape != weight.shape[:1]:
+    if bias.shape != shape[:1]:
         return f"has a bias of shape {tuple(bias.shape)}"
     return None
 
@@ -275,21 +305,3 @@ def _own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
         return None
     found = module._parameters.get(name)
     return module._buffers.get(name) if found is None else found
-
-
-def _changed_method(cls: type, classes: dict[type, tuple[str, ...]]) -> str | None:
-    """A method of the class, or of one that it extends and calls, which was replaced.
-
-    classes : what is known of others already; is added to
-    """
-    for base in cls.__mro__:
-        if base not in classes:
-            own = vars(base)
-            classes[base] = tuple(
-                name
-                for name in (*_METHODS, *_CALLS)
-                if name in own and is_replaced(own[name], base.__module__)
-            )
-        if classes[base]:
-            return classes[base][0]
-    return None

@@ -25,7 +25,8 @@ ASK_FOR_GPUS = (
 """Of a reason that a user should hear of: nothing runs faster."""
 
 LARGEST = 1e15
-"""Of mel spectrograms and audio features: squares of what layers make of more may overflow."""
+"""Of a mel spectrogram's numbers, and of the norm of audio features: squares of what layers make of
+more may overflow."""
 
 LARGEST_WEIGHT = 1e5
 """What a trained model is far from: with more, sums and squares inside may overflow."""
@@ -106,15 +107,28 @@ def mel_reasons(mel: torch.Tensor, n_mels: int, frames: int) -> list[str]:
 
 
 def features_reasons(features: torch.Tensor, n_audio_state: int) -> list[str]:
-    """Reasons against decoding these audio features, shape = (windows, n_audio_ctx, n_state)."""
-    from . import on_one_thread
+    """Reasons against decoding these audio features, shape = (windows, n_audio_ctx, n_state).
+
+    On the CPU the kernel that reads their numbers looks at them, see `CrossCache.max_norm`.
+    """
+    import torch
 
     if features.ndim != 3 or features.shape[2] != n_audio_state or 0 in features.shape:
         return [
             f"audio features have shape {tuple(features.shape)}, "
             f"expected (batch, n_audio_ctx, {n_audio_state})"
         ]
-    if not on_one_thread.all_below(LARGEST, features):
+    if features.device.type == "cpu":
+        return []
+    return norm_reasons(features.detach().norm(dim=-1, dtype=torch.float32).max().item())
+
+
+def norm_reasons(max_norm: float) -> list[str]:
+    """Reasons that lie in the numbers of audio features, of whose vectors this is the largest norm.
+
+    max_norm : infinite, or not a number, where a number of theirs is
+    """
+    if not max_norm <= LARGEST:
         return [f"audio features hold values that are not finite, or beyond {LARGEST:.0e}"]
     return []
 

@@ -7,8 +7,10 @@ keeps the token lists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import isnan
+from array import array
+from collections.abc import Iterator, Sequence
+from math import inf, isnan
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -133,9 +135,8 @@ def _decode(
         tokens = _sample(task, session, tokens, sum_logprobs)
         return tokens, sum_logprobs, no_speech_probs
     loop = _beam_search if isinstance(task.decoder, BeamSearchDecoder) else _greedy
-    sums = sum_logprobs.cpu()  # itself, on the CPU
-    tokens = loop(task, session, tokens, sums.numpy())
-    return tokens, sum_logprobs.copy_(sums), no_speech_probs
+    tokens, sums = loop(task, session, tokens, sum_logprobs.tolist())
+    return tokens, sum_logprobs.copy_(torch.tensor(sums, dtype=torch.float32, device="cpu")), no_speech_probs
 
 
 def _upstream_step(
@@ -160,9 +161,14 @@ def _sample(
 
 
 def _greedy(
-    task: DecodingTask, session: Session, tokens: Tensor, sums: np.ndarray
-) -> Tensor:
-    """`GreedyDecoder.update` at temperature 0, step by step; changes `sums`."""
+    task: DecodingTask, session: Session, tokens: Tensor, sums: list[float]
+) -> tuple[Tensor, Sequence[float]]:
+    """`GreedyDecoder.update` at temperature 0, step by step.
+
+    sums : of each row's log probabilities up to now
+
+    Returns the tokens and the sums at the end.
+    """
     rules, eot = Rules.of(task), task.decoder.eot
     rows = tokens.tolist()
     selection = session.selection(rules.suppressed, rules.n_vocab, 1)
@@ -170,10 +176,9 @@ def _greedy(
     for _ in range(1, task.sample_len):
         last = [row[-1] for row in rows]
         logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
-        added = logprobs.tolist()
-        _refuse_not_a_number(added)
         completed = True
-        for row, (token,), (logprob,), of_row in zip(rows, best.tolist(), added, summands):
+        for row, token, logprob, of_row in zip(rows, best, logprobs, summands):
+            _refuse_not_a_number(logprob)
             if row[-1] == eot:
                 token = eot
             else:
@@ -183,70 +188,68 @@ def _greedy(
         if completed or len(rows[0]) > task.n_ctx:
             break
     # One after the other in float32, as upstream adds them.
-    sums[:] = [np.add.accumulate(of_row, dtype=np.float32)[-1] for of_row in summands]
-    return torch.tensor(rows, device=tokens.device)
+    sums = [np.add.accumulate(of_row, dtype=np.float32)[-1] for of_row in summands]
+    return torch.tensor(rows, device=tokens.device), sums
 
 
 def _beam_search(
-    task: DecodingTask, session: Session, tokens: Tensor, sums: np.ndarray
-) -> Tensor:
-    """`BeamSearchDecoder.update`, step by step, with `sums`; beams exchange row numbers."""
+    task: DecodingTask, session: Session, tokens: Tensor, sums: list[float]
+) -> tuple[Tensor, Sequence[float]]:
+    """`BeamSearchDecoder.update`, as `_greedy`; beams exchange row numbers."""
     decoder, rules = task.decoder, Rules.of(task)
     size, eot = decoder.beam_size, decoder.eot
+    ranked = size + 1
     rows = [tuple(row) for row in tokens.tolist()]
-    selection = session.selection(rules.suppressed, rules.n_vocab, size + 1)
+    selection = session.selection(rules.suppressed, rules.n_vocab, ranked)
+    row_of = [row for row in range(len(rows)) for _ in range(ranked)]
     for _ in range(1, task.sample_len):
         last = [row[-1] for row in rows]
         logprobs, best = session.select(last, selection, [rules.after(row) for row in rows])
-        totals = (sums[:, None] + logprobs).tolist()  # in float32, as upstream adds them
-        _refuse_not_a_number(totals)
-        candidates = best.tolist()
+        # In float32, as upstream adds them; rounding a double's sum once more gives the same.
+        totals = array("f", [sums[row] + logprob for row, logprob in zip(row_of, logprobs)])
+        candidates = list(zip(totals, row_of, best))
         kept: list[tuple[int, ...]] = []
         parents: list[int] = []
-        for finished, begin in zip(decoder.finished_sequences, range(0, len(rows), size)):
-            for total, parent, token in _ranked(totals, candidates, range(begin, begin + size)):
+        sums = []
+        for window, finished in enumerate(decoder.finished_sequences):
+            of_window = slice(window * size * ranked, (window + 1) * size * ranked)
+            full = len(kept) + size
+            for total, parent, token in _best_first(candidates[of_window]):
                 if token == eot:
                     if len(finished) < decoder.max_candidates:
-                        finished[(*rows[parent], token)] = total
+                        finished[rows[parent] + (token,)] = total
                     continue
-                sums[len(kept)] = total
-                kept.append((*rows[parent], token))
+                sums.append(total)
+                kept.append(rows[parent] + (token,))
                 parents.append(parent)
-                if len(kept) == begin + size:
+                if len(kept) == full:
                     break
         rows = kept
         session.reorder(parents)
-        full = all(len(f) >= decoder.max_candidates for f in decoder.finished_sequences)
-        if full or len(rows[0]) > task.n_ctx:
+        ended = all(len(f) >= decoder.max_candidates for f in decoder.finished_sequences)
+        if ended or len(rows[0]) > task.n_ctx:
             break
-    return torch.tensor(rows, device=tokens.device)
+    return torch.tensor(rows, device=tokens.device), sums
 
 
-def _ranked(
-    totals: list[list[float]], candidates: list[list[int]], rows: range
+def _best_first(
+    candidates: list[tuple[float, int, int]]
 ) -> Iterator[tuple[float, int, int]]:
     """Log probability, row and next token of what a window's rows could go on with, best first.
 
-    Raises UnsupportedByMax at one that is impossible: which of those topk names is not defined.
+    Raises UnsupportedByMax where one is not a number, and at one that is impossible: which of
+    those topk names is not defined.
     """
-    ranked = sorted(
-        (
-            (total, row, token)
-            for row in rows
-            for total, token in zip(totals[row], candidates[row])
-        ),
-        key=lambda candidate: candidate[0],
-        reverse=True,
-    )
-    for candidate in ranked:
-        if candidate[0] == -np.inf:
+    _refuse_not_a_number(sum(total for total, _, _ in candidates))  # no infinity is positive
+    for candidate in sorted(candidates, key=itemgetter(0), reverse=True):
+        if candidate[0] == -inf:
             refuse(["fewer tokens may follow than there are beams"])
         yield candidate
 
 
-def _refuse_not_a_number(logprobs: list[list[float]]) -> None:
+def _refuse_not_a_number(logprob: float) -> None:
     """Leaves a decode to PyTorch where everything is suppressed, or logits are not numbers."""
-    if isnan(sum(map(sum, logprobs))):  # one makes the sum one, and no infinity is positive
+    if isnan(logprob):
         refuse(["log probabilities are not numbers"])
 
 
@@ -277,8 +280,8 @@ def _reasons(task: DecodingTask, tokens: Tensor) -> list[str]:
         reasons.append("the token decoder's update was replaced")
     elif isinstance(decoder, BeamSearchDecoder) and decoder.inference is not task.inference:
         reasons.append("the token decoder has an inference of its own")
-    if torch.get_default_dtype() is torch.bfloat16:
-        reasons.append("the default dtype is bfloat16, which NumPy lacks")
+    if torch.get_default_dtype() is not torch.float32:  # of upstream's sums, too
+        reasons.append(f"the default dtype is {torch.get_default_dtype()}, not float32")
     if task.sample_len < 1:
         reasons.append(f"sample_len is {task.sample_len}")
     reasons += [f"{name} filters the logits" for name in foreign_filters(task.logit_filters)]

@@ -139,9 +139,3 @@ def equal(one: Tensor, other: Tensor) -> bool:
     arrays = [tensor.detach().resolve_neg().numpy() for tensor in (one, other)]
     # What differs does so near the beginning mostly, and to look through all takes time.
     return np.array_equal(*(array.flat[:1000] for array in arrays)) and np.array_equal(*arrays)
-
-
-def longest_row(tensor: Tensor) -> float:
-    """The greatest Euclidean length of a vector along the last axis, in the tensor's precision."""
-    with only_this_thread():
-        return tensor.detach().norm(dim=-1).max().item()

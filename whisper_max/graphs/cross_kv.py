@@ -18,7 +18,11 @@ def cross_kv(
 ) -> Graph:
     """Fills keys and values in place from features, shape = (windows, n_audio_ctx, n_state).
 
-    Operands: keys, values, features, threads; the weights.
+    Operands:
+    keys and values, shape = CROSS_SHAPE
+    copies, of the features' shape and filled with what is read of them; or of no window
+    squares, shape = (windows, n_audio_ctx), filled with the squared norm of each vector
+    features, threads, and the weights.
     """
     cache_type = BufferType(storage.cross, CROSS_SHAPE, device)
     weights = dict(inputs(CROSS_KV, storage, device))
@@ -28,6 +32,8 @@ def cross_kv(
         input_types=[
             cache_type,
             cache_type,
+            BufferType(DType.float32, ("copied", "n_audio_ctx", "n_state"), device),
+            BufferType(DType.float32, ("windows", "n_audio_ctx"), device),
             features_type,
             threads_type(device),
             *weights.values(),
@@ -36,9 +42,10 @@ def cross_kv(
         module=module,
     )
     with graph:
-        keys, values, features, threads, *tensors = graph.inputs
+        keys, values, copies, squares, features, threads, *tensors = graph.inputs
         named = dict(zip(weights, (value.tensor for value in tensors)))
         layer = Layers(named, threads.tensor, storage, device)
-        layer.cross_kv(features.tensor, keys.buffer, values.buffer)
+        filled = keys.buffer, values.buffer, copies.buffer, squares.buffer
+        layer.cross_kv(features.tensor, filled)
         graph.output()
     return graph

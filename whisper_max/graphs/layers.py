@@ -6,7 +6,7 @@ openai-whisper's model.py, with the weights looked up by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,18 +105,17 @@ class Layers:
             attention=self.storage.attention,
         )
 
-    def cross_kv(self, features: TensorValue, keys: BufferValue, values: BufferValue) -> None:
+    def cross_kv(self, features: TensorValue, filled: Sequence[BufferValue]) -> None:
         """Fills the packed cross-attention caches of all layers from the encoder's output.
 
-        features, shape = (windows, frames, n_state); keys, values, shape = (layers, windows,
-        heads, packed frames * 64)
+        features, shape = (windows, frames, n_state); what is filled: see `graphs.cross_kv`
         """
         kv = "decoder.blocks.cross_attn.kv"
         operands = [self.weights[f"{kv}.{part}"] for part in ("weight", "scale", "bias")]
         ops.inplace_custom(
             "whisper_cross_kv",
             self.device,
-            [keys, values, features, self.threads, *operands],
+            [*filled, features, self.threads, *operands],
             parameters={
                 "width": self.storage.width,
                 "product": self.storage.product,

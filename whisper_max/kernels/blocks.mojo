@@ -18,7 +18,7 @@ from .attention import (
 )
 from .gemm import F32, PANEL, Bytes, Floats, Packed, copy, raw, tile_rows
 from .phases import Phases, team_size
-from .norm import Norm
+from .norm import Norm, sum_of_squares
 from .projection import FEW_ROWS, PACKED_ROWS, PROJECT_PHASES, Projection, project
 
 comptime QUERY_ROWS = 192
@@ -473,6 +473,8 @@ struct CrossKV:
     ](
         keys: MutableInputTensor[dtype=cache_type, rank=4, ...],
         values: MutableInputTensor[dtype=cache_type, rank=4, ...],
+        copies: MutableInputTensor[dtype=F32, rank=3, ...],
+        squares: MutableInputTensor[dtype=F32, rank=2, ...],
         features: InputTensor[dtype=F32, rank=3, ...],
         threads: InputTensor[dtype=DType.int32, rank=1, ...],
         kv_weight: InputTensor[dtype=type, rank=4, ...],
@@ -483,6 +485,8 @@ struct CrossKV:
         """Cross-attention keys and values of all layers, packed into their caches.
 
         features: (windows, frames, n_state). keys and values: (layers, windows, heads, packed).
+        copies: what is read of the first windows' features, of as many as there is room for.
+        squares: (windows, frames), the squared norm of each frame's features.
         """
         var windows = features.dim_size(0)
         var frames = features.dim_size(1)
@@ -494,6 +498,9 @@ struct CrossKV:
         var x = raw(features.unsafe_ptr())
         var to_keys = raw(keys.unsafe_ptr())
         var to_values = raw(values.unsafe_ptr())
+        var to_copies = raw(copies.unsafe_ptr())
+        var to_squares = raw(squares.unsafe_ptr())
+        var copied = copies.dim_size(0) * frames
         comptime Layer = Projection[type, width, product, tiles]
         comptime Left = Layer.Left
         # Windows begin with whole tiles, so that tiles are of one window.
@@ -507,8 +514,9 @@ struct CrossKV:
         def worker(
             index: Int
         ) {
-            var x, var to_keys, var to_values, var phases, var windows, var frames, var n,
-            var heads, var layers, var elements, var left, var window_rows, var blocks, imm
+            var x, var to_keys, var to_values, var to_copies, var to_squares, var copied,
+            var phases, var windows, var frames, var n, var heads, var layers, var elements,
+            var left, var window_rows, var blocks, imm
         }:
             var phase = phases
             var none = Norm(x, x, 0)
@@ -519,12 +527,19 @@ struct CrossKV:
             @always_inline
             def pack(
                 chunk: Int
-            ) {var x, var left, var frames, var window_rows, var n, var none, imm}:
+            ) {
+                var x, var to_copies, var to_squares, var copied, var left, var frames,
+                var window_rows, var n, var none, imm
+            }:
                 """Packs some frames of the features."""
                 var first = chunk * PACKED_ROWS
                 for row in range(first, min(first + PACKED_ROWS, windows * frames)):
-                    var to = row // frames * window_rows + row % frames
-                    left.pack(to, x.unsafe_offset(row * n), none)
+                    var frame = x.unsafe_offset(row * n)
+                    if row < copied:  # once: another thread may be writing there
+                        copy[width](frame, to_copies.unsafe_offset(row * n), n)
+                        frame = to_copies.unsafe_offset(row * n)
+                    left.pack(row // frames * window_rows + row % frames, frame, none)
+                    to_squares.unsafe_offset(row).unsafe_store(sum_of_squares[width](frame, n))
 
             @always_inline
             def fill(

@@ -7,6 +7,16 @@ from .gemm import F32, Floats, copy
 comptime EPSILON: Float32 = 1e-5
 
 
+@always_inline
+def sum_of_squares[width: Int](row: Floats, length: Int, mean: Float32 = 0) -> Float32:
+    """Of the differences from `mean`; the length is a multiple of the width."""
+    var squares = SIMD[F32, width](0)
+    for k in range(0, length, width):
+        var d = row.unsafe_offset(k).unsafe_load[width=width]() - mean
+        squares = d.fma(d, squares)
+    return squares.reduce_add()
+
+
 @fieldwise_init
 struct Norm(ImplicitlyCopyable):
     """LayerNorm's weight and bias; `length` 0 means none."""
@@ -24,11 +34,8 @@ struct Norm(ImplicitlyCopyable):
         for k in range(0, length, width):
             total += row.unsafe_offset(k).unsafe_load[width=width]()
         var mean = total.reduce_add() / Float32(length)
-        var squares = SIMD[F32, width](0)
-        for k in range(0, length, width):
-            var d = row.unsafe_offset(k).unsafe_load[width=width]() - mean
-            squares = d.fma(d, squares)
-        return (mean, 1 / sqrt(squares.reduce_add() / Float32(length) + EPSILON))
+        var squares = sum_of_squares[width](row, length, mean)
+        return (mean, 1 / sqrt(squares / Float32(length) + EPSILON))
 
     @always_inline
     def apply[

@@ -40,7 +40,7 @@ def encode(encoder: nn.Module, mel: Tensor, settings: Settings) -> Tensor:
     if features is None:
         features = ready.encode(mel)
         if len(mel) == 1:  # upstream encodes single windows again; batches are large
-            state.features.keep(ready, mel, features)
+            state.features.keep(ready, on_one_thread.copy(mel), features)
     return on_one_thread.copy(features)  # the caller's own, to change as it likes
 
 

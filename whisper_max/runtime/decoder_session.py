@@ -10,14 +10,17 @@ import torch
 from max.driver import Buffer
 from torch import Tensor, nn
 
+from ..conditions import norm_reasons
 from ..dispatch import refuse
 from ..graphs.specification import HEAD_DIM
 from ..settings import Settings
 from . import weights
-from .engine import CrossCache, DecoderState, Scores, Selection, decoder_select, decoder_step
+from .engine import (
+    CrossCache, DecoderState, Ranked, Scores, Selection, decoder_select, decoder_step
+)
 from .memory import huge_pages
 from .model_state import Ready, state_of
-from .tensors import int32, to_buffer
+from .tensors import int32, to_buffer, to_torch
 
 
 class Observed(NamedTuple):
@@ -42,7 +45,8 @@ class DecoderSession:
     features : shape = (windows, n_audio_ctx, n_state), float32
     rows : sequences to decode, a multiple of the windows
 
-    Raises UnsupportedByMax while there is no engine.
+    Raises UnsupportedByMax while there is no engine, where MAX fails, and where the weights or the
+    features hold what the kernels do not take.
     """
 
     def __init__(
@@ -55,8 +59,6 @@ class DecoderSession:
         self.rows = rows
         self._frames = features.shape[1]
         features = distinct(features)
-        if self._ready.cross is torch.float16 and weights.may_overflow(self._ready.reach, features):
-            refuse(["cross-attention keys or values may be beyond float16"])
         cross = state.cross.find(self._ready, features)
         if cross is None:
             state.cross.drop()
@@ -70,12 +72,22 @@ class DecoderSession:
                 state.pool,
             )
             if len(features) == 1:  # 490 MB a window for the largest models
-                state.cross.keep(self._ready, features, cross)
+                state.cross.keep(self._ready, cross.copied, cross)
+        refuse(self._features_reasons(cross))
         self.windows = cross.windows
         self._no_scores = Scores.none(self.layers, self.heads)
         self._state = DecoderState(
             cross, self.layers, self.heads, len(decoder.positional_embedding), rows
         )
+
+    def _features_reasons(self, cross: CrossCache) -> list[str]:
+        """Reasons that lie in the features' numbers, which the kernel has measured."""
+        reasons = norm_reasons(cross.max_norm)
+        if self._ready.cross is torch.float16 and weights.may_overflow(
+            self._ready.reach, cross.max_norm
+        ):
+            reasons.append("cross-attention keys or values may be beyond float16")
+        return reasons
 
     @property
     def length(self) -> int:
@@ -102,7 +114,8 @@ class DecoderSession:
             slots[layer] = list(range(i * self.heads, (i + 1) * self.heads))
         shape = (2 * self.layers + 1, rows * count, self.heads * HEAD_DIM)
         residuals_buffer = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
-        logits, scores, residuals = self._step(tokens, wanted, Scores(slots), residuals_buffer)
+        logits, *seen = self._step(tokens, wanted, Scores(slots), residuals_buffer)
+        scores, residuals = map(to_torch, seen)
         residuals = residuals.view(-1, rows, count, shape[2])
         scores = scores[:, :, : self._frames].unflatten(1, (rows, count))
         by_layer = scores.unflatten(0, (len(layers), self.heads)).transpose(1, 2)
@@ -130,7 +143,7 @@ class DecoderSession:
         for slot, (layer, head) in enumerate(heads):
             slots[layer][head] = slot
         logits, scores, _ = self._step(tokens, range(tokens.shape[1]), Scores(slots))
-        return logits, scores[:, :, : self._frames]
+        return logits, to_torch(scores)[:, :, : self._frames]
 
     def selection(self, suppressed: Sequence[int], n_vocab: int, count: int) -> Selection:
         """What `select` chooses by, see `Selection`."""
@@ -138,8 +151,8 @@ class DecoderSession:
 
     def select(
         self, tokens: list[int], selection: Selection, rules: list[list[int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Decodes one token for each row and ranks what may follow, see `decoder_select`."""
+    ) -> Ranked:
+        """Decodes one token for each row and ranks what may follow."""
         selection.at(tokens, rules)
         return decoder_select(
             self._ready.engine, self._ready.packed[1], self._state, self._no_scores, selection
@@ -179,7 +192,7 @@ class DecoderSession:
         wanted: Iterable[int],
         scores: Scores,
         residuals: Buffer | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Buffer, Buffer]:
         """As `step`; also the scores and residuals of `decoder_step`."""
         return decoder_step(
             self._ready.engine,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import chain
-from struct import Struct
+from math import sqrt
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from ..conditions import UnsupportedByMax
 from ..graphs.specification import HEAD_DIM, MASKED, PANEL
 from . import limits, memory
 from .load_max import without_signal_handler
-from .tensors import int32, to_buffer, to_torch
+from .tensors import Tables, int32, to_buffer, to_torch
 from .timer_slack import inherited_timer_slack
 
 
@@ -91,7 +92,7 @@ def _call_of(graph: Model) -> Callable[[Sequence[Buffer]], list[Buffer]]:
 
 
 class TensorPool:
-    """The memory of keys and values that no decode uses any more, for the next window's.
+    """The memory of a `CrossCache` that no decode uses any more, for the next window's.
 
     New memory is mapped and cleared by the system page by page, which for huge pages may mean
     moving others out of the way: up to half of the time that filling it takes.
@@ -99,19 +100,19 @@ class TensorPool:
 
     def __init__(self) -> None:
         # Its operations are atomic: a lock could be held when the garbage collector gives back.
-        self._kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=1)
+        self._kept: deque[tuple[Tensor, ...]] = deque(maxlen=1)
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Two tensors, uninitialized; the spare ones, if they are of that kind."""
+    def take(self, *kinds: tuple[tuple[int, ...], torch.dtype]) -> tuple[Tensor, ...]:
+        """Tensors of these shapes and dtypes, uninitialized; the spare ones, if they are such."""
         try:
             kept = self._kept.pop()
         except IndexError:
-            kept = None
-        if kept is None or (kept[0].shape, kept[0].dtype) != (shape, dtype):
-            kept = memory.empty(shape, dtype), memory.empty(shape, dtype)
+            kept = ()
+        if tuple((tensor.shape, tensor.dtype) for tensor in kept) != kinds:
+            kept = tuple(memory.empty(shape, dtype) for shape, dtype in kinds)
         return kept
 
-    def give(self, tensors: tuple[Tensor, Tensor]) -> None:
+    def give(self, tensors: tuple[Tensor, ...]) -> None:
         """Nobody uses these any more."""
         self._kept.append(tensors)
 
@@ -121,6 +122,9 @@ class CrossCache:
 
     features : shape = (windows, n_audio_ctx, n_state), float32
     pool : where the memory comes from and, of a single window, goes back to
+
+    `copied` is what was read of a single window, in memory that nobody changes while this lives;
+    `max_norm` is the largest norm of a vector, not finite where one of the numbers is not.
     """
 
     def __init__(
@@ -135,17 +139,21 @@ class CrossCache:
         self.windows, self.frames, n_state = features.shape
         self.padded_frames = -(-self.frames // PANEL) * PANEL
         heads = n_state // HEAD_DIM
-        shape = (layers, self.windows, heads, self.padded_frames * HEAD_DIM)
-        tensors = pool.take(shape, dtype)
-        self.keys, self.values = map(to_buffer, tensors)
+        cache = (layers, self.windows, heads, self.padded_frames * HEAD_DIM), dtype
+        copies = (1 if self.windows == 1 else 0, self.frames, n_state), torch.float32
+        tensors = pool.take(cache, cache, copies)
+        self.copied = tensors[2]
+        self.keys, self.values, copies = map(to_buffer, tensors)
         if self.windows == 1:
             # When the last decode and the memo have let go of this; the pool goes with its model.
             weakref.finalize(self, _give_back, weakref.ref(pool), tensors).atexit = False
-        operands = (self.keys, self.values, to_buffer(features), engine.threads)
-        engine.execute("cross_kv", *operands, *weights)
+        squares = np.empty((self.windows, self.frames), np.float32)
+        filled = self.keys, self.values, copies, Buffer.from_numpy(squares)
+        engine.execute("cross_kv", *filled, to_buffer(features), engine.threads, *weights)
+        self.max_norm = sqrt(squares.max())
 
 
-def _give_back(pool: weakref.ref[TensorPool], tensors: tuple[Tensor, Tensor]) -> None:
+def _give_back(pool: weakref.ref[TensorPool], tensors: tuple[Tensor, ...]) -> None:
     kept = pool()
     if kept is not None:
         kept.give(tensors)
@@ -166,6 +174,7 @@ class DecoderState:
     ) -> None:
         self.cross = cross
         self.rows = rows
+        self._identity = list(range(rows))
         self.n_text_ctx = n_text_ctx
         self.length = 0
         # Memory is touched, and so taken, only as positions are filled.
@@ -173,11 +182,9 @@ class DecoderState:
         self.self_cache = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
         # A position's keys and values stand in the row that appends it, until rows are reordered.
         self.source = np.repeat(np.arange(rows, dtype=np.int32)[:, None], n_text_ctx, axis=1)
-        self._position = np.array([0, cross.frames], np.int32)
-        # MAX sees what is written to these arrays: making a buffer takes longer than a step's
-        # Python may.
+        # MAX sees what is written to it: making a buffer takes longer than a step's Python may.
         self._source_buffer = Buffer.from_numpy(self.source)
-        self._position_buffer = Buffer.from_numpy(self._position)
+        self._position = Tables((np.int32, (2,)))
 
     def take(self, rows: int, count: int) -> tuple[Buffer, Buffer]:
         """Makes room for `count` tokens of each row; the operands `position` and `source`.
@@ -189,14 +196,21 @@ class DecoderState:
             raise UnsupportedByMax(
                 f"{rows} rows of {end} tokens, where {self.rows} of {self.n_text_ctx} fit"
             )
-        self._position[0] = self.length
+        self._position.write(self.length, self.cross.frames)
+        (position,) = self._position.buffers
         if rows == self.rows:
-            return self._position_buffer, self._source_buffer
-        return self._position_buffer, Buffer.from_numpy(self.source[:rows])
+            return position, self._source_buffer
+        return position, Buffer.from_numpy(self.source[:rows])
 
     def reorder(self, parents: list[int]) -> None:
         """Row i goes on as a copy of what row parents[i] was."""
-        self.source[:, : self.length] = self.source[parents, : self.length]
+        if parents != self._identity:
+            self.source[:, : self.length] = self.source[parents, : self.length]
+
+
+Ranked = tuple[Sequence[float], Sequence[int]]
+"""What may follow: log probabilities, in float32, and tokens. As many of each row, row after row,
+the most likely first."""
 
 
 class Selection:
@@ -209,27 +223,24 @@ class Selection:
     """
 
     def __init__(self, suppressed: Sequence[int], n_vocab: int, count: int, rows: int) -> None:
-        self.every_row = int32(list(range(rows)))
-        # MAX reads and fills these arrays where they are: to wrap them anew takes longer than the
-        # rest of a step's Python. And a step leaves nothing in the caches, so that little code is
-        # fast code: struct's is less than NumPy's.
-        tokens, rules = np.zeros((rows, 1), np.int32), np.zeros((rows, 5), np.int32)
-        self._tokens, self._rules = memoryview(tokens), memoryview(rules)
-        self._as_tokens, self._as_rules = Struct(f"{tokens.size}i"), Struct(f"{rules.size}i")
-        self.logprobs = np.zeros((rows, count), np.float32)
-        self.best = np.zeros((rows, count), np.int32)
-        self.tokens = Buffer.from_numpy(tokens)
-        self.choice = (
-            Buffer.from_numpy(suppression(suppressed, n_vocab)),
-            *map(Buffer.from_numpy, (rules, self.logprobs, self.best)),
-        )
         self.rows = rows
+        self.every_row = int32(list(range(rows)))
+        self._given = Tables((np.int32, (rows, 1)), (np.int32, (rows, 5)))
+        self._chosen = Tables((np.float32, (rows, count)), (np.int32, (rows, count)))
+        self.tokens, rules = self._given.buffers
+        mask = Buffer.from_numpy(suppression(suppressed, n_vocab))
+        self.choice = mask, rules, *self._chosen.buffers
         self.operands: tuple[Buffer, ...] | None = None  # of the step, once it has been made
 
     def at(self, tokens: list[int], rules: list[list[int]]) -> None:
         """The step's tokens, one of each row, and the rules for what may follow them."""
-        self._as_tokens.pack_into(self._tokens, 0, *tokens)
-        self._as_rules.pack_into(self._rules, 0, *chain.from_iterable(rules))
+        self._given.write(*tokens, *chain.from_iterable(rules))
+
+    def chosen(self) -> Ranked:
+        """What the step has found."""
+        numbers = self._chosen.read()
+        half = len(numbers) // 2
+        return numbers[:half], numbers[half:]
 
 
 def suppression(suppressed: Sequence[int], n_vocab: int) -> np.ndarray:
@@ -248,21 +259,22 @@ class Scores:
     def __init__(self, slots: list[list[int]]) -> None:
         self.slots = int32(slots)
         self.count = 1 + max(max(row) for row in slots)
-        self._buffers: dict[tuple[int, int], Buffer] = {}
 
-    def buffer(self, rows: int, padded_frames: int) -> Buffer:
+    def buffer(self, positions: int, padded_frames: int) -> Buffer:
         """A tensor of the result's shape: graphs take sizes from their operands only."""
-        buffer = self._buffers.get((rows, padded_frames))
-        if buffer is None:
-            shape = (self.count, rows, padded_frames)
-            buffer = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
-            self._buffers[rows, padded_frames] = buffer
-        return buffer
+        make = _empty if self.count == 0 else _empty.__wrapped__
+        return make(self.count, positions, padded_frames)
 
-    @classmethod
-    def none(cls, layers: int, heads: int) -> Scores:
+    @staticmethod
+    @lru_cache(maxsize=8)
+    def none(layers: int, heads: int) -> Scores:
         """No head's."""
-        return cls([[-1] * heads] * layers)
+        return Scores([[-1] * heads] * layers)
+
+
+@lru_cache(maxsize=64)
+def _empty(*shape: int) -> Buffer:
+    return to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
 
 
 def decoder_step(
@@ -273,7 +285,7 @@ def decoder_step(
     wanted: Buffer,
     scores: Scores,
     residuals: Buffer | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Buffer, Buffer]:
     """Decodes new tokens, shape = (rows, count), int32, at the end of the state.
 
     wanted : flat numbers (row * count + i) of the tokens whose logits are computed, int32
@@ -289,8 +301,8 @@ def decoder_step(
         residuals = engine.no_residuals
     results = engine.execute("decoder_step", *operands, residuals, *weights)
     state.length += tokens.shape[1]
-    logits, raw_scores, residuals = map(to_torch, results)
-    return logits.squeeze(1), raw_scores, residuals
+    logits, raw_scores, residuals = results
+    return to_torch(logits).squeeze(1), raw_scores, residuals
 
 
 def decoder_select(
@@ -299,12 +311,8 @@ def decoder_select(
     state: DecoderState,
     scores: Scores,
     selection: Selection,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes one new token for each row and ranks what may follow, as `selection.at` says.
-
-    Returns log probabilities, float32, and tokens, int32, both (rows, count), the most likely
-    first. The next step writes over them.
-    """
+) -> Ranked:
+    """Decodes one new token for each row and ranks what may follow, as `selection.at` says."""
     if selection.operands is None:
         operands = _operands(engine, state, selection.tokens, selection.every_row, scores)
         selection.operands = (*operands, *selection.choice, *weights)
@@ -312,7 +320,7 @@ def decoder_select(
         state.take(selection.rows, 1)
     engine.execute("decoder_select", *selection.operands)
     state.length += 1
-    return selection.logprobs, selection.best
+    return selection.chosen()
 
 
 def _operands(

@@ -68,8 +68,11 @@ class Memo(Generic[Kept]):
         return None
 
     def keep(self, ready: Ready, source: Tensor, result: Kept) -> None:
-        """Remembers one result in place of the last."""
-        self._last = (ready, on_one_thread.copy(source), result)
+        """Remembers one result in place of the last.
+
+        source : what it was made from, in memory that nobody changes
+        """
+        self._last = (ready, source, result)
 
     def drop(self) -> None:
         """Forgets, before a large result is made anew."""
@@ -83,6 +86,8 @@ class _Seen:
     in half() and float() one after the other. A weak reference keeps a storage's identity, without
     its memory; one to the tensor does not keep what its hooks refer to, such as its module.
     """
+
+    __slots__ = "name", "tensor", "storage", "address", "version", "view"
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name = name
@@ -174,6 +179,7 @@ class ModelState:
         self._exact: bool | None = None  # whether float16 holds every weight; None: not known yet
         self._reasons: list[str] = []
         self._ready: Ready | None = None
+        self._settings: Settings | None = None  # by which that was made
 
     def ready(self, module: nn.Module, settings: Settings) -> Ready:
         """Engine and packed weights for the module as it is now.
@@ -186,17 +192,20 @@ class ModelState:
             if settings.precision != self._precision or not self.watch.unchanged(tensors):
                 self._look_at(tensors, settings.precision)
             refuse(self._reasons)
+            if self._ready is not None and settings is self._settings:
+                return self._ready
             if self._exact is None:
                 self._exact = self._pack_exactly(tensors, settings)
             arithmetic = arithmetic_of(settings.precision, self._exact)
             engine = loading.engine(arithmetic, settings)
             if self._ready is None or self._ready.engine is not engine:
                 self._ready = self._pack(tensors, engine, arithmetic)
+            self._settings = settings
             return self._ready
 
     def _look_at(self, tensors: Mapping[str, Tensor], precision: str) -> None:
         """Notes the parameters as they are, and what is against them."""
-        self._ready, self._precision = None, ""
+        self._ready, self._settings, self._precision = None, None, ""
         self.watch.forget()
         self.features.drop()
         self.cross.drop()

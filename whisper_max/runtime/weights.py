@@ -14,7 +14,6 @@ import torch
 from max.driver import Buffer
 from torch import Tensor
 
-from .. import on_one_thread
 from ..graphs.specification import CROSS_KV, DECODER, ENCODER, PANEL, Parameter
 from . import memory
 from .engine import Engine
@@ -87,7 +86,7 @@ def pack_decoder(
 def reach(state: State) -> tuple[float, float]:
     """How far a TextDecoder's cross attention can carry audio features, see `may_overflow`.
 
-    Returns the length of the longest row of its key and value matrices, and the largest bias.
+    Returns the largest norm of a row of its key and value matrices, and the largest bias.
     """
     lengths, biases = [], []
     for name in state:
@@ -99,15 +98,15 @@ def reach(state: State) -> tuple[float, float]:
     return max(lengths), max(biases)
 
 
-def may_overflow(reach: tuple[float, float], features: Tensor) -> bool:
-    """Whether keys or values of these features may exceed float16.
+def may_overflow(reach: tuple[float, float], max_norm: float) -> bool:
+    """Whether keys or values of audio features, of this norm at most, may exceed float16.
 
-    A product of two vectors is at most that of their lengths (Cauchy-Schwarz). The bundled model
+    A product of two vectors is at most that of their norms (Cauchy-Schwarz). The bundled model
     stays below a hundredth of the limit, and one that does not is PyTorch's: so no more exact
     answer is needed.
     """
-    longest, bias = reach
-    return longest * on_one_thread.longest_row(features) + bias > 0.98 * FLOAT16_MAX
+    row, bias = reach
+    return row * max_norm + bias > 0.98 * FLOAT16_MAX
 
 
 def _pack_all(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...conditions import UnsupportedByMax
 from ...settings import Settings
 from ..decoder_session import distinct
-from ..engine import suppression
+from ..engine import Ranked, suppression
 from ..model_state import state_of
 from ..tensors import to_buffer, to_torch
 from .engine import MOST_BEAMS, RANKED, Workspace, to_dtype
@@ -122,18 +122,14 @@ class GpuSession:
 
     def select(
         self, tokens: list[int], selection: GpuSelection, rules: list[list[int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Decodes one token for each row and ranks what may follow.
-
-        Returns log probabilities, float32, and tokens, int32, both (rows, selection.count), the
-        most likely first.
-        """
+    ) -> Ranked:
+        """Decodes one token for each row and ranks what may follow."""
         position, parents = self._end(1) - 1, self._checked_parents()
         graph = "decoder_greedy_step" if selection.count == 1 else "decoder_step"
         found = self._workspace.step(tokens, position, parents, rules, self._ready.weights, graph)
         self.length += 1
         self._parents = self._identity
-        logprobs, best = (ranked[:, : selection.count] for ranked in found)
+        logprobs, best = (ranked[:, : selection.count].ravel().tolist() for ranked in found)
         return logprobs, best
 
     def reorder(self, parents: list[int]) -> None:
