@@ -136,7 +136,8 @@ def _decode(
         return tokens, sum_logprobs, no_speech_probs
     loop = _beam_search if isinstance(task.decoder, BeamSearchDecoder) else _greedy
     tokens, sums = loop(task, session, tokens, sum_logprobs.tolist())
-    return tokens, sum_logprobs.copy_(torch.tensor(sums, dtype=torch.float32, device="cpu")), no_speech_probs
+    sum_logprobs.copy_(torch.tensor(sums, dtype=torch.float32, device="cpu"))
+    return tokens, sum_logprobs, no_speech_probs
 
 
 def _upstream_step(

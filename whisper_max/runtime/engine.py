@@ -139,16 +139,17 @@ class CrossCache:
         self.windows, self.frames, n_state = features.shape
         self.padded_frames = -(-self.frames // PANEL) * PANEL
         heads = n_state // HEAD_DIM
+        is_single = self.windows == 1
         cache = (layers, self.windows, heads, self.padded_frames * HEAD_DIM), dtype
-        copies = (1 if self.windows == 1 else 0, self.frames, n_state), torch.float32
-        tensors = pool.take(cache, cache, copies)
+        copy = (int(is_single), self.frames, n_state), torch.float32
+        tensors = pool.take(cache, cache, copy)
         self.copied = tensors[2]
-        self.keys, self.values, copies = map(to_buffer, tensors)
-        if self.windows == 1:
+        self.keys, self.values, copied = map(to_buffer, tensors)
+        if is_single:
             # When the last decode and the memo have let go of this; the pool goes with its model.
             weakref.finalize(self, _give_back, weakref.ref(pool), tensors).atexit = False
         squares = np.empty((self.windows, self.frames), np.float32)
-        filled = self.keys, self.values, copies, Buffer.from_numpy(squares)
+        filled = self.keys, self.values, copied, Buffer.from_numpy(squares)
         engine.execute("cross_kv", *filled, to_buffer(features), engine.threads, *weights)
         self.max_norm = sqrt(squares.max())
 
@@ -262,8 +263,9 @@ class Scores:
 
     def buffer(self, positions: int, padded_frames: int) -> Buffer:
         """A tensor of the result's shape: graphs take sizes from their operands only."""
-        make = _empty if self.count == 0 else _empty.__wrapped__
-        return make(self.count, positions, padded_frames)
+        if self.count == 0:
+            return _no_room(positions, padded_frames)
+        return _room(self.count, positions, padded_frames)
 
     @staticmethod
     @lru_cache(maxsize=8)
@@ -272,9 +274,13 @@ class Scores:
         return Scores([[-1] * heads] * layers)
 
 
-@lru_cache(maxsize=64)
-def _empty(*shape: int) -> Buffer:
+def _room(*shape: int) -> Buffer:
     return to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
+
+
+@lru_cache(maxsize=64)  # every step of a loop that is not ours asks for it
+def _no_room(positions: int, padded_frames: int) -> Buffer:
+    return _room(0, positions, padded_frames)
 
 
 def decoder_step(

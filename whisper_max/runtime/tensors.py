@@ -11,7 +11,7 @@ import torch
 from max.driver import Buffer
 
 _ALIGNMENT = 64
-"""Bytes: distances of tables from the first are multiples of it, so that none share a cache line."""
+"""Bytes, of which the distance between tables is a multiple: none share a cache line."""
 
 
 def to_buffer(tensor: torch.Tensor) -> Buffer:
