@@ -13,7 +13,7 @@ import pytest
 import whisper_max
 from whisper_max import versions
 from whisper_max.audio_encoder import MaxAudioEncoder
-from whisper_max.cli import main
+from whisper_max.cli import findings, main, selfcheck
 from whisper_max.cli.remedies import install_command
 from whisper_max.cli.selfcheck import self_check
 from whisper_max.conditions import UnsupportedByMax
@@ -123,7 +123,7 @@ def without_max(package):
         raise importlib.metadata.PackageNotFoundError(package)
     return version(package)
 importlib.metadata.version = without_max
-from whisper_max.cli import main
+from whisper_max.cli import findings, main, selfcheck
 sys.exit(main(["doctor"]))
 """
     done = subprocess.run(
@@ -148,19 +148,28 @@ def test_self_check_passes(artifact):
         "greedy decoding",
         "beam search",
     ]
-    assert all(check.passed for check in checks), checks
+    assert all(check.state == "ok" for check in checks), checks
     assert not whisper_max.is_patched()
 
 
-def test_self_check_finds_a_fault(artifact, monkeypatch):
+def test_doctor_says_how_to_go_without_matrix_tiles(monkeypatch):
+    monkeypatch.setattr("whisper_max.runtime.hardware.cpu_level", lambda: "amx")
+    found = {f.text.partition(":")[0]: f for f in findings.of_the_machine() if f.topic == "cpu"}
+    assert (found["amx"].state, found["avx512"].state) == ("note", "ok")
+    assert found["amx"].remedy == "WHISPER_MAX_CPU=avx512 goes without"
+
+
+@pytest.mark.parametrize("exact, other_text", [(("high",), "problem"), ((), "note")])
+def test_self_check_finds_a_fault(artifact, monkeypatch, exact, other_text):
     right = MaxAudioEncoder._on_max
     monkeypatch.setattr(MaxAudioEncoder, "_on_max", lambda self, *call: -right(self, *call))
-    passed = {check.name: check.passed for check in self_check("high")}
-    assert passed == {
-        "encoder": False,
-        "decoder": True,
-        "greedy decoding": False,
-        "beam search": False,
+    monkeypatch.setattr(selfcheck, "EXACT", exact)
+    states = {check.name: check.state for check in self_check("high")}
+    assert states == {
+        "encoder": "problem",
+        "decoder": "ok",
+        "greedy decoding": other_text,
+        "beam search": other_text,
     }
 
 

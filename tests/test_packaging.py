@@ -90,16 +90,16 @@ def requirement(entry: object) -> str:
 
 
 def test_python_versions_agree():
-    short = [version.replace(".", "") for version in versions.TESTED_PYTHON]
-    first, last = versions.TESTED_PYTHON[0], versions.TESTED_PYTHON[-1]
+    short = [version.replace(".", "") for version in versions.SUPPORTED_PYTHON]
+    first, last = versions.SUPPORTED_PYTHON[0], versions.SUPPORTED_PYTHON[-1]
     above = f"{last.split('.')[0]}.{int(last.split('.')[1]) + 1}"
     assert SETUP["options"]["python_requires"] == f">={first},<{above}"
     classifiers = lines(SETUP["metadata"]["classifiers"])
     assert [c.split(" :: ")[-1] for c in classifiers if re.search(r":: 3\.\d+$", c)] == list(
-        versions.TESTED_PYTHON
+        versions.SUPPORTED_PYTHON
     )
     assert sorted(PIXI["feature"]["py" + s]["dependencies"]["python"] for s in short) == sorted(
-        f"{version}.*" for version in versions.TESTED_PYTHON
+        f"{version}.*" for version in versions.SUPPORTED_PYTHON
     )
 
 
@@ -126,7 +126,7 @@ def test_matrix_covers_every_combination_that_can_be_installed():
     assert len(environments()) == len(set(environments()))
     expected = {
         f"py{python.replace('.', '')}-whisper{release}-{backend}{double}"
-        for python in versions.TESTED_PYTHON
+        for python in versions.SUPPORTED_PYTHON
         for release in versions.TESTED_WHISPER
         for backend in ("max", "torch")
         for double in ("", "-double")

@@ -165,8 +165,12 @@ def test_a_newer_release_with_the_same_code_is_taken(monkeypatch):
         ("max", "not installed", "MAX is not installed: pip install 'max==26.7.*'"),
         ("max", "26.8.1", "MAX 26.8.1 is untested: pip install 'max==26.7.*'"),
         ("torch", "2.3.1+cu121", "torch 2.3.1+cu121 is older than 2.4"),
-        ("python", "3.9.2", "Python 3.9.2 is untested (tested: 3.10, 3.11, 3.12, 3.13)"),
-        ("python", "3.14.0rc1", "Python 3.14.0rc1 is untested (tested: 3.10, 3.11, 3.12, 3.13)"),
+        ("python", "3.9.2", "Python 3.9.2 is not supported (supported: 3.10, 3.11, 3.12, 3.13)"),
+        (
+            "python",
+            "3.14.0rc1",
+            "Python 3.14.0rc1 is not supported (supported: 3.10, 3.11, 3.12, 3.13)",
+        ),
     ],
 )
 def test_versions_outside_the_tested_ranges_are_refused(monkeypatch, package, version, reason):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from whisper.decoding import ApplyTimestampRules, LogitFilter, SuppressBlank, SuppressTokens
 
@@ -13,8 +13,16 @@ from .changed_parts import has_replaced
 if TYPE_CHECKING:
     from whisper.decoding import DecodingTask
 
-Rule = list[int]
-"""Text tokens [from, to), timestamps [from, to), whether timestamps may outweigh text."""
+
+class Rule(NamedTuple):
+    """What may follow a row, as the kernel reads it (kernels/select.mojo)."""
+
+    text_from: int
+    text_to: int
+    time_from: int
+    time_to: int
+    time_may_outweigh: int
+    """1 where only timestamps may follow if they are likelier together than any text token."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Rules:
         """What may follow `tokens`, prompt included: `ApplyTimestampRules` of openai-whisper."""
         begin = self.timestamp_begin
         if begin is None:
-            return [0, self.n_vocab, self.n_vocab, self.n_vocab, 0]
+            return Rule(0, self.n_vocab, self.n_vocab, self.n_vocab, 0)
         text_from, text_to = 0, min(begin, self.n_vocab)
         time_from, time_to = begin, self.n_vocab
         sampled = tokens[self.sample_begin :]
@@ -77,7 +85,7 @@ class Rules:
         if last_time is not None:
             # They do not decrease, and a segment is not empty.
             time_from = last_time if pair_is_open else last_time + 1
-        return [text_from, text_to, min(time_from, time_to), time_to, 1]
+        return Rule(text_from, text_to, min(time_from, time_to), time_to, 1)
 
 
 def in_stock_order(filters: Sequence[LogitFilter], sample_begin: int) -> bool:

@@ -31,7 +31,7 @@ from .upstream_structure import (
     SIGNATURES,
 )
 
-TESTED_PYTHON = ("3.10", "3.11", "3.12", "3.13")
+SUPPORTED_PYTHON = ("3.10", "3.11", "3.12", "3.13")
 TESTED_WHISPER = ("20231117", "20240930", "20250625")
 OLDEST_TORCH = "2.4"
 TESTED_MAX = "26.7"
@@ -75,8 +75,9 @@ def environment_reasons() -> list[str]:
     """Why no target can run on MAX with the Python, torch and MAX installed."""
     found = installed()
     reasons = []
-    if _release(found["python"]) not in TESTED_PYTHON:
-        reasons.append(f"Python {found['python']} is untested (tested: {', '.join(TESTED_PYTHON)})")
+    if _release(found["python"]) not in SUPPORTED_PYTHON:
+        supported = ", ".join(SUPPORTED_PYTHON)
+        reasons.append(f"Python {found['python']} is not supported (supported: {supported})")
     if found["max"] == NOT_INSTALLED:
         reasons.append(f"MAX is not installed: pip install 'max=={TESTED_MAX}.*'")
     elif _release(found["max"]) != TESTED_MAX:

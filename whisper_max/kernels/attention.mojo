@@ -495,7 +495,9 @@ struct SelfAttention[width: Int](ImplicitlyCopyable):
         comptime vectors = HEAD_DIM // Self.width
         var n = self.heads * HEAD_DIM
         self.append(row, head)
-        var scores = unsafe_alloc[Float32](align_up(self.offset + self.tokens, PANEL))
+        var scores = unsafe_alloc[Float32](
+            align_up(self.offset + self.tokens, PANEL), alignment=64
+        )
         for i in range(self.tokens):
             var query = self.qkv.unsafe_offset((row * self.tokens + i) * 3 * n + head * HEAD_DIM)
             var q = Array[SIMD[F32, Self.width], vectors](fill=SIMD[F32, Self.width](0))

@@ -19,6 +19,7 @@ from .attention import (
 from .gemm import F32, PANEL, Bytes, Floats, Packed, copy, raw, tile_rows
 from .phases import Phases, team_size
 from .norm import Norm, sum_of_squares
+from .products import Integers, PackedRows
 from .projection import FEW_ROWS, PACKED_ROWS, PROJECT_PHASES, Projection, project
 
 comptime QUERY_ROWS = 192
@@ -105,6 +106,87 @@ def linear[
     )
 
 
+@fieldwise_init
+struct EncoderAttention[type: DType, product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
+    """Self-attention of one layer of the encoder, on keys and values packed from its projection.
+
+    A head is one of one window: windows * heads of them.
+
+    type : what it multiplies in
+    product : what the layer after it multiplies in
+    """
+
+    comptime Left = PackedRows[Self.product, Self.width, Self.tiles]
+
+    var qkv: Floats
+    """[windows * frames, 3 * n_state]."""
+    var attended: Floats
+    """[windows * frames, n_state]."""
+    var left: Self.Left
+    """Where the attended values go at once if they are `direct`."""
+    var direct: Bool
+    var keys: Packed[Self.type]
+    var values: Packed[Self.type]
+    var heads: Int
+    var frames: Int
+
+    def pack(self, head: Int):
+        """Packs the keys and values of one head."""
+        var n = self.heads * HEAD_DIM
+        var qkv = self.qkv.unsafe_offset(
+            (head // self.heads) * self.frames * 3 * n + (head % self.heads) * HEAD_DIM
+        )
+        var at = head * head_size(self.frames)
+        pack_keys[Self.tiles](
+            qkv.unsafe_offset(n), 3 * n, self.frames, self.keys.unsafe_offset(at)
+        )
+        pack_values[Self.width, Self.tiles](
+            qkv.unsafe_offset(2 * n),
+            3 * n,
+            self.frames,
+            self.values.unsafe_offset(at),
+            padded(self.frames),
+        )
+
+    @always_inline
+    def blocks(self) -> Int:
+        """Into how many blocks the queries of a head are cut."""
+        return ceildiv(self.frames, QUERY_ROWS)
+
+    @always_inline
+    def begin(self, block: Int) -> Int:
+        """The first query of a block: whole tiles, but for the last of a window."""
+        comptime tile = tile_rows[Self.width]()
+        var begin = ceildiv(self.frames, tile) * block // self.blocks() * tile
+        return min(begin, self.frames)
+
+    def run(self, chunk: Int):
+        """Attends with a block of queries of one head."""
+        var n = self.heads * HEAD_DIM
+        var head = chunk // self.blocks()
+        var begin = self.begin(chunk % self.blocks())
+        var end = self.begin(chunk % self.blocks() + 1)
+        var row = (head // self.heads) * self.frames + begin
+        var column = (head % self.heads) * HEAD_DIM
+        var to = self.attended.unsafe_offset(row * n + column)
+        var stride = n
+        comptime if Self.Left.stored == F32:
+            if self.direct:
+                to = self.left.floats(row, column)
+                stride = Self.Left.stride
+        Attention[Self.type, Self.width, Self.tiles](
+            output=to,
+            output_stride=stride,
+            query=self.qkv.unsafe_offset(row * 3 * n + column),
+            query_stride=3 * n,
+            keys=self.keys.unsafe_offset(head * head_size(self.frames)),
+            values=self.values.unsafe_offset(head * head_size(self.frames)),
+            frames=self.frames,
+            raw_scores=self.attended,
+            wants_scores=False,
+        ).run(end - begin)
+
+
 @extensibility.register("whisper_encoder_blocks")
 struct EncoderBlocks:
     @staticmethod
@@ -138,10 +220,16 @@ struct EncoderBlocks:
         mlp_2_bias: InputTensor[dtype=F32, rank=2, ...],
         ctx: DeviceContext,
     ) raises:
-        """All blocks of the encoder: x, shape (batch, frames, n_state); threads[0] at most.
+        """All blocks of the encoder.
 
-        Linear layers multiply in `product`, attention in `attention`, with matrix `tiles` or
-        without.
+        x and output: (windows, frames, n_state). threads: (1,), workers at most. Of the weights,
+        stacked over the layers: norms (layers, n_state); packed (layers, panels, in, 32), see
+        packing.mojo; biases (layers, out), and so are the scales, or (layers, 0) of weights that
+        have none.
+
+        product : what linear layers multiply in
+        attention : what attention multiplies in
+        tiles : whether both use matrix tiles
         """
         var batch = x.dim_size(0)
         var frames = x.dim_size(1)
@@ -163,7 +251,9 @@ struct EncoderBlocks:
         )
         var packed_hidden = Bytes(unsafe_from_address=Int(hidden))
         var attended = hidden.unsafe_offset(rows * 3 * n)
-        var keys = unsafe_alloc[Scalar[attention]](2 * batch * heads * head_size(frames))
+        var keys = unsafe_alloc[Scalar[attention]](
+            2 * batch * heads * head_size(frames), alignment=64
+        )
         var values = keys.unsafe_offset(batch * heads * head_size(frames))
         var packed = unsafe_alloc[UInt8](
             Layer.packed_bytes(rows, n if direct else 4 * n), alignment=64
@@ -174,61 +264,32 @@ struct EncoderBlocks:
         var mlp_0 = Weights[type].of(mlp_0_weight, mlp_0_scale, mlp_0_bias)
         var mlp_2 = Weights[type].of(mlp_2_weight, mlp_2_scale, mlp_2_bias)
         var phases = Phases((4 * PROJECT_PHASES + 2) * layers)
-        # Whole tiles, but for the last of a window.
-        var query_tiles = ceildiv(frames, tile_rows[width]())
-        var query_blocks = ceildiv(frames, QUERY_ROWS)
+        var attending = EncoderAttention[attention, product, width, tiles](
+            qkv=hidden,
+            attended=attended,
+            left=Left.at(memory, rows, n),
+            direct=direct,
+            keys=keys,
+            values=values,
+            heads=heads,
+            frames=frames,
+        )
+        var all_heads = batch * heads
+        var all_blocks = all_heads * attending.blocks()
 
         @always_inline
-        def pack(chunk: Int) {var hidden, var keys, var values, var heads, var frames, var n, imm}:
-            """Packs keys and values of one head of one window."""
-            var qkv = hidden.unsafe_offset(
-                (chunk // heads) * frames * 3 * n + (chunk % heads) * HEAD_DIM
-            )
-            var at = chunk * head_size(frames)
-            pack_keys[tiles](qkv.unsafe_offset(n), 3 * n, frames, keys.unsafe_offset(at))
-            pack_values[width, tiles](
-                qkv.unsafe_offset(2 * n), 3 * n, frames, values.unsafe_offset(at), padded(frames)
-            )
+        def pack(chunk: Int) {var attending}:
+            attending.pack(chunk)
 
         @always_inline
-        def attend(
-            chunk: Int
-        ) {
-            var hidden, var attended, var keys, var values, var heads, var frames, var n,
-            var query_tiles, var query_blocks, var direct, var memory, var rows, imm
-        }:
-            """Attends with a block of queries of one head of one window."""
-            var head = chunk // query_blocks
-            var block = chunk % query_blocks
-            var begin = query_tiles * block // query_blocks * tile_rows[width]()
-            var end = min(
-                query_tiles * (block + 1) // query_blocks * tile_rows[width](), frames
-            )
-            var row = (head // heads) * frames + begin
-            var column = (head % heads) * HEAD_DIM
-            var to = attended.unsafe_offset(row * n + column)
-            var stride = n
-            comptime if Left.stored == F32:
-                if direct:
-                    to = Left.at(memory, rows, n).floats(row, column)
-                    stride = Left.stride
-            Attention[attention, width, tiles](
-                output=to,
-                output_stride=stride,
-                query=hidden.unsafe_offset(row * 3 * n + column),
-                query_stride=3 * n,
-                keys=keys.unsafe_offset(head * head_size(frames)),
-                values=values.unsafe_offset(head * head_size(frames)),
-                frames=frames,
-                raw_scores=attended,
-                wants_scores=False,
-            ).run(end - begin)
+        def attend(chunk: Int) {var attending}:
+            attending.run(chunk)
 
         def worker(
             index: Int
         ) {
             var stream, var hidden, var attended, var rows, var layers, var team, var phases,
-            var batch, var heads, var query_blocks, var memory, var packed_hidden, var direct, imm
+            var all_heads, var all_blocks, var memory, var packed_hidden, var direct, imm
         }:
             var phase = phases
             var none = Norm(stream, stream, 0)
@@ -239,8 +300,8 @@ struct EncoderBlocks:
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, rows, qkv, layer, attn_ln
                 ), memory)
-                phase.run(batch * heads, pack)
-                phase.run(batch * heads * query_blocks, attend)
+                phase.run(all_heads, pack)
+                phase.run(all_blocks, attend)
                 project(phase, team, linear[width, product, tiles](
                     stream, attended, rows, attn_out, layer, none, residual=True
                 ), memory, is_packed=direct)
@@ -267,6 +328,51 @@ def keep[width: Int](mut phase: Phases, stream: Floats, to: Floats, place: Int, 
         copy[width](stream, to.unsafe_offset(place * count), count)
 
     phase.run(1, all)
+
+
+@fieldwise_init
+struct CrossAttention[type: DType, width: Int](ImplicitlyCopyable):
+    """Cross attention of the decoder: the rows of a window share its packed keys and values."""
+
+    var query: Floats
+    """[windows * rows, n_state]."""
+    var output: Floats
+    """[windows * rows, n_state]."""
+    var keys: Packed[Self.type]
+    """[layers, windows, heads, packed]."""
+    var values: Packed[Self.type]
+    """[layers, windows, heads, packed]."""
+    var slots: Integers
+    """[layers, heads], where in `scores` a head's go, or -1."""
+    var scores: Floats
+    """[slots, windows * rows, padded frames]."""
+    var windows: Int
+    var rows: Int
+    """Rows that share one window."""
+    var heads: Int
+    var head_elements: Int
+    """Numbers in a head's packed keys."""
+    var frames: Int
+
+    @always_inline
+    def run(self, layer: Int, window: Int, head: Int):
+        """Attends with one head of all rows that share a window."""
+        var n = self.heads * HEAD_DIM
+        var at = window * self.rows * n + head * HEAD_DIM
+        var packed = ((layer * self.windows + window) * self.heads + head) * self.head_elements
+        var slot = Int(self.slots.unsafe_offset(layer * self.heads + head).unsafe_load())
+        var scores_row = (max(slot, 0) * self.windows + window) * self.rows
+        Attention[Self.type, Self.width, False](
+            output=self.output.unsafe_offset(at),
+            output_stride=n,
+            query=self.query.unsafe_offset(at),
+            query_stride=n,
+            keys=self.keys.unsafe_offset(packed),
+            values=self.values.unsafe_offset(packed),
+            frames=self.frames,
+            raw_scores=self.scores.unsafe_offset(scores_row * padded(self.frames)),
+            wants_scores=slot >= 0,
+        ).run(self.rows)
 
 
 @extensibility.register("whisper_decoder_blocks")
@@ -335,20 +441,12 @@ struct DecoderBlocks:
         var heads = n // HEAD_DIM
         var layers = attn_ln_weight.dim_size(0)
         var windows = cross_keys.dim_size(1)
-        var group = (rows // windows) * tokens
-        var head_elements = cross_keys.dim_size(3)
-        var frames = Int(position.unsafe_ptr().unsafe_offset(1).unsafe_load())
-        var score_size = all_rows * padded(frames)
         var team = team_size(threads)
         var stream = raw(output.unsafe_ptr())
         copy[width](raw(x.unsafe_ptr()), stream, all_rows * n)
         # The hidden layer of the MLP (4n) takes the place of qkv (3n) and the attended values (n).
-        var hidden = unsafe_alloc[Float32](all_rows * 4 * n)
+        var hidden = unsafe_alloc[Float32](all_rows * 4 * n, alignment=64)
         var attended = hidden.unsafe_offset(all_rows * 3 * n)
-        var scores = raw(raw_scores.unsafe_ptr())
-        var keys = raw(cross_keys.unsafe_ptr())
-        var values = raw(cross_values.unsafe_ptr())
-        var slots = raw(score_slots.unsafe_ptr())
         var kept = raw(residuals.unsafe_ptr())
         var keeps = residuals.dim_size(0) > 0
         var stream_size = all_rows * n
@@ -375,14 +473,26 @@ struct DecoderBlocks:
             tokens=tokens,
         )
         var cache_size = 2 * self_attention.cache_rows * heads * self_attention.context * HEAD_DIM
+        var cross_attention = CrossAttention[cache_type, width](
+            query=hidden,
+            output=attended,
+            keys=raw(cross_keys.unsafe_ptr()),
+            values=raw(cross_values.unsafe_ptr()),
+            slots=raw(score_slots.unsafe_ptr()),
+            scores=raw(raw_scores.unsafe_ptr()),
+            windows=windows,
+            rows=(rows // windows) * tokens,
+            heads=heads,
+            head_elements=cross_keys.dim_size(3),
+            frames=Int(position.unsafe_ptr().unsafe_offset(1).unsafe_load()),
+        )
 
         def worker(
             index: Int
         ) {
-            var stream, var hidden, var attended, var scores, var keys, var values, var slots,
-            var all_rows, var layers, var team, var phases, var rows, var windows, var heads,
-            var group, var head_elements, var frames, var score_size, var self_attention,
-            var cache_size, var n, var kept, var keeps, var stream_size, var memory, imm
+            var stream, var hidden, var attended, var all_rows, var layers, var team, var phases,
+            var rows, var windows, var heads, var self_attention, var cross_attention,
+            var cache_size, var kept, var keeps, var stream_size, var memory, imm
         }:
             var phase = phases
             var none = Norm(stream, stream, 0)
@@ -394,37 +504,12 @@ struct DecoderBlocks:
                 attention.cache = attention.cache.unsafe_offset(layer * cache_size)
 
                 @always_inline
-                def attend(chunk: Int) {var attention, var heads, imm}:
-                    """Self-attention of one head of one row."""
+                def attend(chunk: Int) {var attention, var heads}:
                     attention.run(chunk // heads, chunk % heads)
 
                 @always_inline
-                def cross_attend(
-                    chunk: Int
-                ) {
-                    var hidden, var attended, var scores, var keys, var values, var slots, var n,
-                    var group, var heads, var windows, var head_elements, var frames,
-                    var score_size, var layer, imm
-                }:
-                    """Cross attention of one head, for all rows that share one window."""
-                    var window = chunk // heads
-                    var head = chunk % heads
-                    var at = window * group * n + head * HEAD_DIM
-                    var packed = ((layer * windows + window) * heads + head) * head_elements
-                    var slot = Int(slots.unsafe_offset(layer * heads + head).unsafe_load())
-                    Attention[cache_type, width, False](
-                        output=attended.unsafe_offset(at),
-                        output_stride=n,
-                        query=hidden.unsafe_offset(at),
-                        query_stride=n,
-                        keys=keys.unsafe_offset(packed),
-                        values=values.unsafe_offset(packed),
-                        frames=frames,
-                        raw_scores=scores.unsafe_offset(
-                            max(slot, 0) * score_size + window * group * padded(frames)
-                        ),
-                        wants_scores=slot >= 0,
-                    ).run(group)
+                def cross_attend(chunk: Int) {var cross_attention, var heads, var layer}:
+                    cross_attention.run(layer, chunk // heads, chunk % heads)
 
                 project(phase, team, linear[width, product, tiles](
                     hidden, stream, all_rows, qkv, layer, attn_ln
@@ -459,6 +544,105 @@ struct DecoderBlocks:
         hidden.unsafe_free()
 
 
+@fieldwise_init
+struct CrossCaches[
+    type: DType, cache_type: DType, width: Int, product: DType, tiles: Bool
+](ImplicitlyCopyable):
+    """Cross-attention keys and values of all layers, from the encoder's features."""
+
+    comptime Layer = Projection[Self.type, Self.width, Self.product, Self.tiles]
+    comptime Left = Self.Layer.Left
+    comptime Right = Self.Layer.Right
+
+    var keys: Packed[Self.cache_type]
+    """[layers, windows, heads, packed]."""
+    var values: Packed[Self.cache_type]
+    """[layers, windows, heads, packed]."""
+    var copies: Floats
+    """[copied rows, n_state], what was read of the first rows."""
+    var copied: Int
+    """Rows of the features, which are [windows * frames, n_state]."""
+    var squares: Floats
+    """[windows * frames], squared norms."""
+    var features: Floats
+    var left: Self.Left
+    """The features, packed; windows begin with whole tiles, so that tiles are of one window."""
+    var weights: Weights[Self.type]
+    """Of keys and of values, of all heads: 2 * n_state columns."""
+    var layers: Int
+    var windows: Int
+    var frames: Int
+    var heads: Int
+    var elements: Int
+    """Numbers in a head's packed keys."""
+
+    @always_inline
+    def none(self) -> Norm:
+        """The norm of features: they have none."""
+        return Norm(self.features, self.features, 0)
+
+    @staticmethod
+    def window_rows(frames: Int) -> Int:
+        """Packed rows of a window."""
+        return align_up(frames, Self.Left.at_once)
+
+    @always_inline
+    def blocks(self) -> Int:
+        """Into how many blocks the frames of a window are cut."""
+        return ceildiv(self.frames, Self.Left.rows_in_cache)
+
+    @always_inline
+    def pack(self, chunk: Int):
+        """Packs some frames of the features."""
+        var n = self.heads * HEAD_DIM
+        var first = chunk * PACKED_ROWS
+        for row in range(first, min(first + PACKED_ROWS, self.windows * self.frames)):
+            var frame = self.features.unsafe_offset(row * n)
+            if row < self.copied:  # once: another thread may be writing there
+                copy[Self.width](frame, self.copies.unsafe_offset(row * n), n)
+                frame = self.copies.unsafe_offset(row * n)
+            var window = row // self.frames
+            self.left.pack(
+                window * Self.window_rows(self.frames) + row % self.frames, frame, self.none()
+            )
+            self.squares.unsafe_offset(row).unsafe_store(sum_of_squares[Self.width](frame, n))
+
+    @always_inline
+    def fill(self, chunk: Int, right: Self.Right, projected: Floats):
+        """Keys or values of one head of a layer, of a block of a window's frames.
+
+        All heads and layers of a block follow each other: its features are in the cache. A worker
+        has a panel `right` of its own, and `projected`, [rows in cache, 64].
+        """
+        comptime panels = HEAD_DIM // PANEL
+        var of_block = 2 * self.heads * self.layers
+        var window = chunk // of_block // self.blocks()
+        var first = chunk // of_block % self.blocks() * Self.Left.rows_in_cache
+        var rows = min(Self.Left.rows_in_cache, self.frames - first)
+        var layer = chunk % of_block // (2 * self.heads)
+        var of_values = chunk // self.heads % 2
+        var head = chunk % self.heads
+        var part = linear[Self.width, Self.product, Self.tiles](
+            self.features, self.features, rows, self.weights, layer, self.none()
+        ).panels_from((of_values * self.heads + head) * panels, panels, projected)
+        var from_row = window * Self.window_rows(self.frames) + first
+        comptime for panel in range(panels):
+            part.block(self.left, right, from_row, 0, rows, panel)
+        var to = ((layer * self.windows + window) * self.heads + head) * self.elements
+        if of_values == 1:
+            pack_values[Self.width, False](
+                projected,
+                HEAD_DIM,
+                rows,
+                self.values.unsafe_offset(to + first * PANEL),
+                padded(self.frames),
+            )
+        else:
+            pack_keys[False](
+                projected, HEAD_DIM, rows, self.keys.unsafe_offset(to + first * HEAD_DIM)
+            )
+
+
 @extensibility.register("whisper_cross_kv")
 struct CrossKV:
     @staticmethod
@@ -490,101 +674,50 @@ struct CrossKV:
         """
         var windows = features.dim_size(0)
         var frames = features.dim_size(1)
-        var n = kv_bias.dim_size(1) // 2
-        var heads = n // HEAD_DIM
+        var n = features.dim_size(2)
         var layers = kv_bias.dim_size(0)
-        var elements = keys.dim_size(3)
-        var team = team_size(threads)
-        var x = raw(features.unsafe_ptr())
-        var to_keys = raw(keys.unsafe_ptr())
-        var to_values = raw(values.unsafe_ptr())
-        var to_copies = raw(copies.unsafe_ptr())
-        var to_squares = raw(squares.unsafe_ptr())
-        var copied = copies.dim_size(0) * frames
-        comptime Layer = Projection[type, width, product, tiles]
-        comptime Left = Layer.Left
-        # Windows begin with whole tiles, so that tiles are of one window.
-        var window_rows = align_up(frames, Left.at_once)
-        var packed = unsafe_alloc[UInt8](Left.bytes(windows * window_rows, n), alignment=64)
-        var left = Left.at(raw(packed), windows * window_rows, n)
-        var blocks = ceildiv(frames, Left.rows_in_cache)
-        var kv = Weights[type].of(kv_weight, kv_scale, kv_bias)
+        comptime Caches = CrossCaches[type, cache_type, width, product, tiles]
+        comptime Left = Caches.Left
+        var packed_rows = windows * Caches.window_rows(frames)
+        var packed = unsafe_alloc[UInt8](Left.bytes(packed_rows, n), alignment=64)
+        var caches = Caches(
+            keys=raw(keys.unsafe_ptr()),
+            values=raw(values.unsafe_ptr()),
+            copies=raw(copies.unsafe_ptr()),
+            copied=copies.dim_size(0) * frames,
+            squares=raw(squares.unsafe_ptr()),
+            features=raw(features.unsafe_ptr()),
+            left=Left.at(raw(packed), packed_rows, n),
+            weights=Weights[type].of(kv_weight, kv_scale, kv_bias),
+            layers=layers,
+            windows=windows,
+            frames=frames,
+            heads=n // HEAD_DIM,
+            elements=keys.dim_size(3),
+        )
+        var pack_chunks = ceildiv(windows * frames, PACKED_ROWS)
+        var fill_chunks = windows * caches.blocks() * 2 * caches.heads * layers
         var phases = Phases(2)
 
-        def worker(
-            index: Int
-        ) {
-            var x, var to_keys, var to_values, var to_copies, var to_squares, var copied,
-            var phases, var windows, var frames, var n, var heads, var layers, var elements,
-            var left, var window_rows, var blocks, imm
-        }:
+        def worker(index: Int) {var caches, var phases, var pack_chunks, var fill_chunks}:
             var phase = phases
-            var none = Norm(x, x, 0)
             var projected = unsafe_alloc[Float32](Left.rows_in_cache * HEAD_DIM, alignment=64)
-            var panel_of_worker = unsafe_alloc[UInt8](Layer.Right.bytes, alignment=64)
-            var right = Layer.Right.at(raw(panel_of_worker))
+            var panel = unsafe_alloc[UInt8](Caches.Right.bytes, alignment=64)
+            var right = Caches.Right.at(raw(panel))
 
             @always_inline
-            def pack(
-                chunk: Int
-            ) {
-                var x, var to_copies, var to_squares, var copied, var left, var frames,
-                var window_rows, var n, var none, imm
-            }:
-                """Packs some frames of the features."""
-                var first = chunk * PACKED_ROWS
-                for row in range(first, min(first + PACKED_ROWS, windows * frames)):
-                    var frame = x.unsafe_offset(row * n)
-                    if row < copied:  # once: another thread may be writing there
-                        copy[width](frame, to_copies.unsafe_offset(row * n), n)
-                        frame = to_copies.unsafe_offset(row * n)
-                    left.pack(row // frames * window_rows + row % frames, frame, none)
-                    to_squares.unsafe_offset(row).unsafe_store(sum_of_squares[width](frame, n))
+            def pack(chunk: Int) {var caches}:
+                caches.pack(chunk)
 
             @always_inline
-            def fill(
-                chunk: Int
-            ) {
-                var x, var to_keys, var to_values, var projected, var windows, var frames, var n,
-                var heads, var layers, var elements, var left, var right, var window_rows,
-                var blocks, var none, imm
-            }:
-                """Keys or values of one head of a layer, of a block of a window's frames.
+            def fill(chunk: Int) {var caches, var right, var projected}:
+                caches.fill(chunk, right, projected)
 
-                All heads and layers of a block follow each other: its features are in the cache.
-                """
-                var of_block = 2 * heads * layers
-                var window = chunk // of_block // blocks
-                var first = chunk // of_block % blocks * Left.rows_in_cache
-                var rows = min(Left.rows_in_cache, frames - first)
-                var layer = chunk % of_block // (2 * heads)
-                var of_values = chunk // heads % 2
-                var head = chunk % heads
-                comptime panels = HEAD_DIM // PANEL
-                var part = linear[width, product, tiles](
-                    x, x, rows, kv, layer, none
-                ).panels_from((of_values * heads + head) * panels, panels, projected)
-                comptime for panel in range(panels):
-                    part.block(left, right, window * window_rows + first, 0, rows, panel)
-                var to = ((layer * windows + window) * heads + head) * elements
-                if of_values == 1:
-                    pack_values[width, False](
-                        projected,
-                        HEAD_DIM,
-                        rows,
-                        to_values.unsafe_offset(to + first * PANEL),
-                        padded(frames),
-                    )
-                else:
-                    pack_keys[False](
-                        projected, HEAD_DIM, rows, to_keys.unsafe_offset(to + first * HEAD_DIM)
-                    )
-
-            phase.run(ceildiv(windows * frames, PACKED_ROWS), pack)
-            phase.run(windows * blocks * 2 * heads * layers, fill)
-            panel_of_worker.unsafe_free()
+            phase.run(pack_chunks, pack)
+            phase.run(fill_chunks, fill)
+            panel.unsafe_free()
             projected.unsafe_free()
 
-        sync_parallelize(worker, team)
+        sync_parallelize(worker, team_size(threads))
         packed.unsafe_free()
         phases.free()

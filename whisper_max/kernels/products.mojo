@@ -28,6 +28,7 @@ comptime Integers = Pointer[Int32, MutUntrackedOrigin]
 comptime PAIRS_STEP = STEP_BYTES // 2
 """Of bfloat16, the numbers in a step of a tile."""
 comptime BLOCK_LENGTH = 512
+"""Numbers of the shared axis that are multiplied at a time."""
 comptime BLOCK_STEP = 64
 """Blocks along the shared axis are multiples of it: none cuts a panel or a head."""
 comptime CACHED_BYTES = 192 * 544 * 4

@@ -348,7 +348,9 @@ def project[
     # another's. One that comes late may read what a later phase overwrites, but finds nothing left
     # to do with it.
     var own = projection.is_streamed() and projection.norm.length > 0
-    var normalized = unsafe_alloc[Float32](rows * projection.length if own else 0)
+    var normalized = unsafe_alloc[Float32](
+        rows * projection.length if own else 0, alignment=64
+    )
     var layer = projection.normalized(normalized) if own else projection
 
     @always_inline

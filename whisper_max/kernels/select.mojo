@@ -155,7 +155,7 @@ struct Select:
             var row = Row[width](
                 all_logits.unsafe_offset(index * vocabulary),
                 bias,
-                unsafe_alloc[Float32](vocabulary),
+                unsafe_alloc[Float32](vocabulary, alignment=64),
             )
             var highest_text = row.apply_mask(text_from, text_to)
             var highest_time = row.apply_mask(time_from, time_to)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..conditions import norm_reasons
 from ..dispatch import refuse
 from ..graphs.specification import HEAD_DIM
+from ..selection import Rule
 from ..settings import Settings
 from . import weights
 from .engine import (
@@ -150,7 +151,7 @@ class DecoderSession:
         return Selection(suppressed, n_vocab, count, self.rows)
 
     def select(
-        self, tokens: list[int], selection: Selection, rules: list[list[int]]
+        self, tokens: list[int], selection: Selection, rules: Iterable[Rule]
     ) -> Ranked:
         """Decodes one token for each row and ranks what may follow."""
         selection.at(tokens, rules)

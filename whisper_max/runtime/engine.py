@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 from math import sqrt
@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import on_one_thread, report
 from ..conditions import UnsupportedByMax
 from ..graphs.specification import HEAD_DIM, MASKED, PANEL
+from ..selection import Rule
 from . import limits, memory
 from .load_max import without_signal_handler
 from .tensors import Tables, int32, to_buffer, to_torch
@@ -226,14 +227,14 @@ class Selection:
     def __init__(self, suppressed: Sequence[int], n_vocab: int, count: int, rows: int) -> None:
         self.rows = rows
         self.every_row = int32(list(range(rows)))
-        self._given = Tables((np.int32, (rows, 1)), (np.int32, (rows, 5)))
+        self._given = Tables((np.int32, (rows, 1)), (np.int32, (rows, len(Rule._fields))))
         self._chosen = Tables((np.float32, (rows, count)), (np.int32, (rows, count)))
         self.tokens, rules = self._given.buffers
         mask = Buffer.from_numpy(suppression(suppressed, n_vocab))
         self.choice = mask, rules, *self._chosen.buffers
         self.operands: tuple[Buffer, ...] | None = None  # of the step, once it has been made
 
-    def at(self, tokens: list[int], rules: list[list[int]]) -> None:
+    def at(self, tokens: list[int], rules: Iterable[Rule]) -> None:
         """The step's tokens, one of each row, and the rules for what may follow them."""
         self._given.write(*tokens, *chain.from_iterable(rules))
 

@@ -11,6 +11,7 @@ from max.driver import Buffer
 from torch import Tensor, nn
 
 from ...conditions import UnsupportedByMax
+from ...selection import Rule
 from ...settings import Settings
 from ..decoder_session import distinct
 from ..engine import Ranked, suppression
@@ -121,7 +122,7 @@ class GpuSession:
         return GpuSelection(self._workspace, suppressed, n_vocab, count)
 
     def select(
-        self, tokens: list[int], selection: GpuSelection, rules: list[list[int]]
+        self, tokens: list[int], selection: GpuSelection, rules: Iterable[Rule]
     ) -> Ranked:
         """Decodes one token for each row and ranks what may follow."""
         position, parents = self._end(1) - 1, self._checked_parents()
