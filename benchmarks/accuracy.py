@@ -8,7 +8,7 @@ from .peers import BASELINE, PEER
 from .peers.interface import NotOffered, Outcome
 from .results import NOT_OFFERED, Accuracy
 from .scenarios import Scenario
-from .word_errors import word_error_rate
+from .word_errors import word_error_rate, words_of
 from .worker_process import PeerFailed, WorkerProcess
 
 BEAMS = (1, 5)
@@ -58,6 +58,7 @@ def fill(
     accuracy.word_errors = word_error_rate(
         (text, outcomes[name].text) for name, text in known.items()
     )
+    accuracy.words = sum(len(words_of(text)) for text in known.values())
     accuracy.recordings = len(spoken)
     accuracy.identical = sum(
         name in baseline and outcomes[name].tokens == baseline[name].tokens for name in spoken

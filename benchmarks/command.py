@@ -143,8 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure whisper_max and its peers. Without a command: measure and report. "
-        "A run of only some scenarios or peers, or a quick one, is not published: it goes into "
-        "the work folder.",
+        "A complete run is published: it replaces this machine's results in benchmarks/results, "
+        "docs/benchmarks.md and the README's figures. A run of only some scenarios or peers, or a "
+        "quick one, goes into the work folder.",
     )
     parser.add_argument(
         "command",
@@ -159,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_names_of(scenarios.NAMES),
         default=scenarios.NAMES,
         metavar="A,B",
-        help=f"of {', '.join(scenarios.NAMES)}",
+        help=f"measure only these, of {', '.join(scenarios.NAMES)}",
     )
     parser.add_argument(
         "--models",
@@ -174,11 +175,16 @@ def _parser() -> argparse.ArgumentParser:
         type=_names_of(tuple(peers.PEER)),
         default=tuple(peers.PEER),
         metavar="A,B",
-        help=f"of {', '.join(peers.PEER)}; all are loaded at once, which takes memory",
+        help=f"measure only these, of {', '.join(peers.PEER)}; all are loaded at once, which takes "
+        "memory",
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="rounds of every scenario")
+    parser.add_argument("--repeats",
+        type=int,
+        metavar="N",
+        help="how often every scenario is measured (default: its own number)",
+    )
     parser.add_argument(
-        "--threads", type=int, default=2, metavar="N", help="of every peer (default: 2)"
+        "--threads", type=int, default=2, metavar="N", help="threads of every peer (default: 2)"
     )
     parser.add_argument(
         "--add",
@@ -205,14 +211,14 @@ def _parser() -> argparse.ArgumentParser:
         "--prepare", action="store_true", help="make weights and conversions, and stop"
     )
     parser.add_argument(
-        "--machine", metavar="NAME", help="of the results file (default: of the CPU)"
+        "--machine", metavar="NAME", help="name of the results file (default: the CPU's)"
     )
     parser.add_argument(
         "--work",
         type=Path,
         default=places.WORK,
         metavar="FOLDER",
-        help="for weights and conversions, a few gigabytes (default: .cache/benchmarks)",
+        help="where weights and conversions are kept, a few gigabytes (default: .cache/benchmarks)",
     )
     return parser
 

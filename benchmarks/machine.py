@@ -92,11 +92,16 @@ def slug(words: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
 
-def _version_of_sources() -> str:
-    import whisper_max
-
+def digest_of_sources() -> str:
+    """Of whisper_max's Python and Mojo files: the beginning of a sha256."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "whisper_max").rglob("*")):
         if path.suffix in (".py", ".mojo"):
             digest.update(path.read_bytes())
-    return f"{whisper_max.__version__}, sources {digest.hexdigest()[:12]} (sha256)"
+    return digest.hexdigest()[:12]
+
+
+def _version_of_sources() -> str:
+    import whisper_max
+
+    return f"{whisper_max.__version__}, sources {digest_of_sources()} (sha256)"

@@ -79,7 +79,7 @@ class Overhead:
 class Accuracy:
     """One peer on the bundled recordings.
 
-    word_errors : word error rate over all references
+    word_errors : word error rate over all references, which have so many `words`
     identical : recordings with the tokens of unpatched openai-whisper, of `recordings`
     """
 
@@ -88,6 +88,7 @@ class Accuracy:
     word_errors: float = 0.0
     identical: int = 0
     recordings: int = 0
+    words: int = 0
     missing: str = ""
 
 

@@ -196,7 +196,7 @@ def test_recordings_without_a_reference_count_for_identity_only():
     ours = {"a": Outcome(1.0, [[1]], "one too"), "b": Outcome(1.0, [[3]], "else")}
     one = Accuracy("whisper_max-int8", 1)
     accuracy.fill(one, spoken, ours, plain)
-    assert (one.word_errors, one.identical, one.recordings) == (0.5, 1, 2)
+    assert (one.word_errors, one.words, one.identical, one.recordings) == (0.5, 2, 1, 2)
 
 
 # Work, scenarios, machines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -40,7 +41,7 @@ def script(**changes) -> Script:
 
 def environment(name: str = "py311-max", **changes) -> Environment:
     versions = {"python": "3.11.7", "openai-whisper": "20250625", "torch": "2.13", "max": "26.7"}
-    known = {"recorded": "2026-01-02", "versions": versions, "patched": ["encoder"]}
+    known = {"recorded": "2026-01-02", "sources": "0a1b2c", "versions": versions, "patched": ["encoder"]}
     return Environment(name, **{**known, **changes})
 
 
@@ -66,6 +67,7 @@ def test_sessions_become_one_environment():
     result = running.combined("py311-max", sessions, 0, "")
     assert [suite.name for suite in result.suites] == ["one", "two"]
     assert result.versions["max"] == "26.7"
+    assert re.fullmatch("[0-9a-f]{12}", result.sources)
     assert not result.failed
 
 
@@ -108,6 +110,7 @@ def test_tables_show_all_that_was_found():
     }
     text = page.block(results)
     for expected in (
+        "| 2026-01-02 | 0a1b2c |",
         "| py310-max | no interpreter |",
         "- py311-max: `test_x` failed",
         "| error: no space / left |",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..peers import BASELINE, PEER
-from ..results import FirstRun, Results, Start
+from ..results import Accuracy, FirstRun, Results, Start
 from ..samples import summarize
 from ..scenarios import SCENARIO
 from .markdown import NONE, duration, percent, significant, table, times
@@ -68,29 +68,36 @@ def accuracy_table(results: Results) -> list[str]:
     for one in results.accuracy:
         row = [PEER[one.peer].label, "greedy" if one.beams == 1 else f"beam {one.beams}"]
         if one.missing:
-            row += [one.missing.partition(":")[0], NONE]
+            row += [one.missing.partition(":")[0], NONE, NONE]
         else:
             same = NONE if one.peer == BASELINE else f"{one.identical} of {one.recordings}"
-            row += [percent(one.word_errors), same]
+            row += [percent(one.word_errors), _wrong_words(one), same]
         rows.append(row)
-    return table(["", "", "word error rate", "recordings with the same tokens"], rows)
+    header = ["", "", "word error rate", "words wrong", "recordings with the same tokens"]
+    return table(header, rows)
+
+
+def _wrong_words(one: Accuracy) -> str:
+    """Of all references; a rate of a few hundred words is a handful of them."""
+    return f"{round(one.word_errors * one.words)} of {one.words}" if one.words else NONE
 
 
 def scaling_table(results: Results) -> list[str]:
     """Times with more threads, and how much faster than with one."""
     measured = {
-        (one.scenario, one.peer, one.threads): summarize(one.samples).median
+        (one.scenario, one.model, one.peer, one.threads): summarize(one.samples).median
         for one in results.thread_scaling
         if one.samples
     }
-    counts = sorted({threads for _, _, threads in measured})
+    counts = sorted({threads for *_, threads in measured})
     rows = []
-    for scenario, peer in dict.fromkeys((s, p) for s, p, _ in measured):
-        seconds = [measured.get((scenario, peer, count)) for count in counts]
+    for case in dict.fromkeys(key[:-1] for key in measured):
+        scenario, model, peer = case
+        seconds = [measured.get((*case, count)) for count in counts]
         alone, most = seconds[0], seconds[-1]
         cells = [NONE if value is None else duration(value) for value in seconds]
         gain = NONE if alone is None or most is None else times(alone / most)
-        rows.append([f"{SCENARIO[scenario].title}: {PEER[peer].label}", *cells, gain])
+        rows.append([f"{SCENARIO[scenario].title}, {model}: {PEER[peer].label}", *cells, gain])
     header = [f"{count} thread{'s' if count > 1 else ''}" for count in counts]
     return table(["", *header, "gain"], rows)
 
@@ -117,7 +124,8 @@ def first_run_lines(first_run: FirstRun) -> list[str]:
         change += f" This was measured with whisper_max {first_run.sources}."
     texts = "All texts are identical." if first_run.identical else "**Texts differ.**"
     return [
-        f"A script of {count} transcriptions takes {duration(first_run.plain[-1])} with plain "
+        f"A script of {count} transcriptions ({first_run.model}) takes "
+        f"{duration(first_run.plain[-1])} with plain "
         f"openai-whisper, and {duration(first_run.patched[count - 1])} at its first patched run, "
         f"while the graphs are compiled beside it: {ratio:.2f} times as long. The first text is "
         f"there after {duration(first_run.plain[0])} and {duration(first_run.patched[0])}. "

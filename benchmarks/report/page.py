@@ -17,8 +17,9 @@ HEAD = """\
 
 # Benchmarks
 
-`make bench` measures again, on your machine; `make bench BENCH_FLAGS=--help` tells how to measure
-a part, or other sizes. Every peer runs in a process of its own, with the
+`make bench` measures again, on your machine, and then writes this page and the README's figures
+anew; `make bench BENCH_FLAGS=--help` tells how to measure a part, or other sizes, which leaves both
+as they are. Every peer runs in a process of its own, with the
 same number of threads and the same weights: random ones of the real sizes, rounded to float16 as
 those of official checkpoints are, or the bundled trained checkpoint. Peers take turns
 (A B C, A B C, …), so that a slow minute falls on all of them. A time is the median of the rounds,
@@ -38,7 +39,7 @@ WORK_NOTE = "Only what no implementation can leave out counts as work (benchmark
 
 OVERHEAD_NOTE = (
     f"What a token of a window of {FORCED_TOKENS} costs beyond the execution of graphs: Python, "
-    "PyTorch, and the way into a graph and back; prompt and session are included."
+    "PyTorch, entering and leaving MAX; the prompt and the session's beginning are included."
 )
 
 STEP_NOTE = (

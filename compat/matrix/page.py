@@ -14,7 +14,8 @@ END = "<!-- /matrix -->"
 NONE = "–"
 CALLS = (
     "A parity test fails if any call falls back to PyTorch, unless it is a test of fallback: those "
-    "made the calls on PyTorch counted here."
+    "made the calls on PyTorch counted here. Sources: the beginning of a sha256 of whisper_max's, "
+    "as on the page of benchmarks; older records lack it."
 )
 SHOWN = ("python", "openai-whisper", "torch", "max")
 
@@ -56,7 +57,7 @@ def block(results: dict[str, Environment]) -> str:
 
 def _environments(run: list[Environment]) -> list[str]:
     header = ["environment", "tests", "Python", "whisper", "torch", "MAX", "path", "passed"]
-    header += ["failed", "failed as expected", "skipped", "minutes", "recorded"]
+    header += ["failed", "failed as expected", "skipped", "minutes", "recorded", "sources"]
     rows = []
     for one in run:
         versions = [one.versions.get(package, NONE) for package in SHOWN]
@@ -64,7 +65,8 @@ def _environments(run: list[Environment]) -> list[str]:
             counts = [suite.passed, len(suite.failed), sum(suite.expected_failures.values())]
             rows.append(
                 [one.name, suite.name, *versions, _path(one, suite), *map(str, counts)]
-                + [str(sum(suite.skipped.values())), f"{suite.seconds / 60:.1f}", one.recorded]
+                + [str(sum(suite.skipped.values())), f"{suite.seconds / 60:.1f}"]
+                + [one.recorded, one.sources or NONE]
             )
         if one.error:
             rows.append([one.name, f"error: {_cell(one.error)}", *[NONE] * (len(header) - 2)])

@@ -53,6 +53,7 @@ class Environment:
     """One environment of tox.ini.
 
     recorded : the day, or "" where it was not run
+    sources : of whisper_max, see `digest_of_sources`; "" in records from before it was kept
     absent : why it was not run
     error : what tox said where an environment failed otherwise than by its tests
     patched, refused : what patch() does there, and the reasons for what it leaves to PyTorch
@@ -60,6 +61,7 @@ class Environment:
 
     name: str
     recorded: str = ""
+    sources: str = ""
     absent: str = ""
     error: str = ""
     versions: dict[str, str] = field(default_factory=dict)

@@ -10,6 +10,8 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
+from benchmarks.machine import digest_of_sources
+
 from .places import LOGS, ROOT
 from .recording import FOLDER_VARIABLE
 from .results import Environment, load_all
@@ -53,7 +55,7 @@ def combined(name: str, sessions: list[Environment], status: int, text: str) -> 
     skipped = re.search(r"skipped because (.*)", text)
     if skipped and not sessions:
         return Environment(name, recorded=date.today().isoformat(), absent=skipped[1].strip())
-    result = Environment(name, recorded=date.today().isoformat())
+    result = Environment(name, recorded=date.today().isoformat(), sources=digest_of_sources())
     for session in sessions:
         if session.versions:  # not where a session could not begin
             result.versions, result.patched = session.versions, session.patched
