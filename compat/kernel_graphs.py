@@ -34,8 +34,7 @@ def build(*, device: str, cpu_level: str, source: str, products: str) -> Graph:
     builder.layer_norm()
     builder.conv_patches("patches_of_mel", channels_first=True, stride=1)
     builder.conv_patches("patches", channels_first=False, stride=2)
-    builder.embed()
-    return builder.take_rows()
+    return builder.embed()
 
 
 class _Builder:
@@ -93,7 +92,7 @@ class _Builder:
             )
             graph.output(y)
 
-    def embed(self) -> None:
+    def embed(self) -> Graph:
         parameters = (
             Parameter("decoder.token_embedding", "linear"),
             Parameter("decoder.positional_embedding", "table"),
@@ -102,12 +101,6 @@ class _Builder:
         with self._graph("embed", [_ints("rows", "tokens"), _ints("two"), *types]) as graph:
             tokens, position, *weights = (value.tensor for value in graph.inputs)
             graph.output(self._layers(names, weights).embed(tokens, position))
-
-    def take_rows(self) -> Graph:
-        types = [_floats("batch", "length", "in"), _ints("rows")]
-        with self._graph("take_rows", types) as graph:
-            x, rows = (value.tensor for value in graph.inputs)
-            graph.output(self._layers((), ()).take_rows(x, rows))
         return graph
 
     def _graph(self, name: str, types: Sequence[TensorType]) -> Graph:

@@ -238,10 +238,3 @@ def test_embed(engine, rows, count, n_vocab, offset, seed):
         positional,
     )
     assert torch.equal(found, embedding[tokens].float() + positional[offset : offset + count])
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.integers(1, 100), seeds)
-def test_take_rows(engine, rows, length, seed):
-    x = numbers((2, 3, length), seed)
-    found = run(engine, "take_rows", x, int32(rows))
-    assert torch.equal(found, x.flatten(0, 1)[rows].unsqueeze(1))

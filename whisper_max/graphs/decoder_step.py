@@ -130,9 +130,6 @@ def _decode(
     self_cache, keys, values = operands[6].buffer, operands[7].tensor, operands[8].tensor
 
     x = layer.embed(tokens, position)  # (rows, tokens, n_state)
-    x, scores, residuals = layer.decoder_blocks(
-        x, self_cache, keys, values, source, position, slots, score_shape, residuals_shape
+    return layer.decoder(
+        x, wanted, self_cache, keys, values, source, position, slots, score_shape, residuals_shape
     )
-    x = layer.take_rows(x, wanted)  # (wanted, 1, n_state)
-    logits = layer.linear(x, "decoder.token_embedding", norm="decoder.ln")
-    return logits, scores, residuals

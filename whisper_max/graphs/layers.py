@@ -139,9 +139,10 @@ class Layers:
             [self._type((*tokens.shape, positional.shape[1]))],
         )[0].tensor
 
-    def decoder_blocks(
+    def decoder(
         self,
         x: TensorValue,
+        wanted: TensorValue,
         self_cache: BufferValue,
         cross_keys: TensorValue,
         cross_values: TensorValue,
@@ -151,18 +152,23 @@ class Layers:
         score_shape: ShapeLike,
         residuals_shape: ShapeLike,
     ) -> tuple[TensorValue, TensorValue, TensorValue]:
-        """All residual attention blocks of the decoder, for new tokens at position[0].
+        """All residual attention blocks of the decoder, for new tokens at position[0], and logits.
 
-        x, shape = (rows, tokens, n_state). Returns the new x; the raw cross-attention scores of
-        the heads that `score_slots`, shape = (layers, heads), gives a place; and, unless that
-        shape has no elements, x before and after each cross attention and at the end, shape =
+        x, shape = (rows, tokens, n_state)
+        wanted : of its rows * tokens, the flat numbers of those whose logits are computed
+
+        Returns logits, shape = (wanted, 1, n_vocab); the raw cross-attention scores of the heads
+        that `score_slots`, shape = (layers, heads), gives a place; and, unless that shape has no
+        elements, x before and after each cross attention and at the end, shape =
         (2 * layers + 1, rows * tokens, n_state).
         """
-        result, raw_scores, residuals = ops.inplace_custom(
+        bias = self.weights["decoder.token_embedding.bias"]
+        logits, raw_scores, residuals = ops.inplace_custom(
             "whisper_decoder_blocks",
             self.device,
             [
                 x,
+                wanted,
                 self_cache,
                 cross_keys,
                 cross_values,
@@ -171,22 +177,24 @@ class Layers:
                 score_slots,
                 self.threads,
                 *self._operands(DECODER_BLOCKS),
+                self.weights["decoder.ln.weight"],
+                self.weights["decoder.ln.bias"],
+                self.weights["decoder.token_embedding.weight"],
+                self.weights["decoder.token_embedding.scale"],
+                bias,
             ],
-            [self._type(x.shape), self._type(score_shape), self._type(residuals_shape)],
+            [
+                self._type((wanted.shape[0], 1, bias.shape[0])),
+                self._type(score_shape),
+                self._type(residuals_shape),
+            ],
             parameters={
                 "width": self.storage.width,
                 "product": self.storage.product,
                 "tiles": self.storage.tiles,
             },
         )
-        return result.tensor, raw_scores.tensor, residuals.tensor
-
-    def take_rows(self, x: TensorValue, rows: TensorValue) -> TensorValue:
-        """The rows of x, shape = (batch, tokens, n_state), with these flat numbers.
-
-        Returns shape = (rows, 1, n_state): each as a sequence of its own.
-        """
-        return self._custom("whisper_take_rows", [x, rows], (rows.shape[0], 1, x.shape[2]))
+        return logits.tensor, raw_scores.tensor, residuals.tensor
 
     def select(
         self,

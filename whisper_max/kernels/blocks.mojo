@@ -71,6 +71,23 @@ struct Weights[type: DType](ImplicitlyCopyable):
             scaled=scale.dim_size(1) == bias.dim_size(1),
         )
 
+    @staticmethod
+    def of_one(
+        weight: InputTensor[dtype=Self.type, rank=3, ...],
+        scale: InputTensor[dtype=F32, rank=1, ...],
+        bias: InputTensor[dtype=F32, rank=1, ...],
+    ) -> Self:
+        """Operands of a single layer: (panels, in, 32), and twice (out,)."""
+        return Self(
+            weight=raw(weight.unsafe_ptr()),
+            scale=raw(scale.unsafe_ptr()),
+            bias=raw(bias.unsafe_ptr()),
+            layer_size=0,
+            length=weight.dim_size(1),
+            columns=bias.dim_size(0),
+            scaled=scale.dim_size(0) == bias.dim_size(0),
+        )
+
 
 @always_inline
 def linear[
@@ -377,6 +394,12 @@ struct CrossAttention[type: DType, width: Int](ImplicitlyCopyable):
 
 @extensibility.register("whisper_decoder_blocks")
 struct DecoderBlocks:
+    """All blocks, and the logits: one op, since each that is cut into parts wakes the pool.
+
+    A thread of MAX's that is woken while it is awake makes up for that later, when PyTorch wants
+    its CPU.
+    """
+
     @staticmethod
     def execute[
         target: StaticString,
@@ -387,10 +410,11 @@ struct DecoderBlocks:
         product: DType,
         tiles: Bool,
     ](
-        output: OutputTensor[dtype=F32, rank=3, ...],
+        logits: OutputTensor[dtype=F32, rank=3, ...],
         raw_scores: OutputTensor[dtype=F32, rank=3, ...],
         residuals: OutputTensor[dtype=F32, rank=3, ...],
         x: InputTensor[dtype=F32, rank=3, ...],
+        wanted: InputTensor[dtype=DType.int32, rank=1, ...],
         self_cache: MutableInputTensor[dtype=F32, rank=6, ...],
         cross_keys: InputTensor[dtype=cache_type, rank=4, ...],
         cross_values: InputTensor[dtype=cache_type, rank=4, ...],
@@ -422,16 +446,22 @@ struct DecoderBlocks:
         mlp_2_weight: InputTensor[dtype=type, rank=4, ...],
         mlp_2_scale: InputTensor[dtype=F32, rank=2, ...],
         mlp_2_bias: InputTensor[dtype=F32, rank=2, ...],
+        ln_weight: InputTensor[dtype=F32, rank=1, ...],
+        ln_bias: InputTensor[dtype=F32, rank=1, ...],
+        embedding_weight: InputTensor[dtype=type, rank=3, ...],
+        embedding_scale: InputTensor[dtype=F32, rank=1, ...],
+        embedding_bias: InputTensor[dtype=F32, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        """All blocks of the decoder for `tokens` new positions of each row.
+        """All blocks of the decoder for `tokens` new positions of each row, and their logits.
 
-        x and output: (rows, tokens, n_state). self_cache: (layers, 2, cache rows, heads, context,
-        64), appended in place at `position[0]`. cross_keys and cross_values: (layers, windows,
-        heads, packed); rows are grouped by window, rows / windows each. source: (rows, context),
-        the cache row of each earlier position. score_slots: (layers, heads), where in
-        raw_scores (slots, rows * tokens, padded frames) a head's scores go, or -1. residuals:
-        (2 * layers + 1, rows * tokens, n_state), the residual stream before and after each cross
+        x: (rows, tokens, n_state). wanted: flat numbers (row * tokens + token) of those whose
+        logits, (wanted, 1, vocabulary), are computed. self_cache: (layers, 2, cache rows, heads,
+        context, 64), appended in place at `position[0]`. cross_keys and cross_values: (layers,
+        windows, heads, packed); rows are grouped by window, rows / windows each. source: (rows,
+        context), the cache row of each earlier position. score_slots: (layers, heads), where in
+        raw_scores (slots, rows * tokens, padded frames) a head's scores go, or -1. residuals: (2 *
+        layers + 1, rows * tokens, n_state), the residual stream before and after each cross
         attention and at the end; or nothing.
         """
         var rows = x.dim_size(0)
@@ -442,16 +472,22 @@ struct DecoderBlocks:
         var layers = attn_ln_weight.dim_size(0)
         var windows = cross_keys.dim_size(1)
         var team = team_size(threads)
-        var stream = raw(output.unsafe_ptr())
-        copy[width](raw(x.unsafe_ptr()), stream, all_rows * n)
-        # The hidden layer of the MLP (4n) takes the place of qkv (3n) and the attended values (n).
-        var hidden = unsafe_alloc[Float32](all_rows * 4 * n, alignment=64)
+        var wanted_rows = wanted.dim_size(0)
+        # The hidden layer of the MLP (4n) takes the place of qkv (3n) and the attended values (n),
+        # the rows whose logits are wanted (n) that of the hidden layer.
+        var hidden = unsafe_alloc[Float32](
+            max(all_rows * 4, wanted_rows) * n + all_rows * n, alignment=64
+        )
         var attended = hidden.unsafe_offset(all_rows * 3 * n)
+        var stream = hidden.unsafe_offset(max(all_rows * 4, wanted_rows) * n)
+        copy[width](raw(x.unsafe_ptr()), stream, all_rows * n)
         var kept = raw(residuals.unsafe_ptr())
         var keeps = residuals.dim_size(0) > 0
         var stream_size = all_rows * n
+        comptime Layer = Projection[type, width, product, tiles]
         var packed = unsafe_alloc[UInt8](
-            Projection[type, width, product, tiles].packed_bytes(all_rows, 4 * n), alignment=64
+            max(Layer.packed_bytes(all_rows, 4 * n), Layer.packed_bytes(wanted_rows, n)),
+            alignment=64,
         )
         var memory = raw(packed)
         var qkv = Weights[type].of(qkv_weight, qkv_scale, qkv_bias)
@@ -460,7 +496,15 @@ struct DecoderBlocks:
         var cross_out = Weights[type].of(cross_out_weight, cross_out_scale, cross_out_bias)
         var mlp_0 = Weights[type].of(mlp_0_weight, mlp_0_scale, mlp_0_bias)
         var mlp_2 = Weights[type].of(mlp_2_weight, mlp_2_scale, mlp_2_bias)
-        var phases = Phases((6 * PROJECT_PHASES + 4) * layers)
+        var to_logits = linear[width, product, tiles](
+            raw(logits.unsafe_ptr()),
+            hidden,
+            wanted_rows,
+            Weights[type].of_one(embedding_weight, embedding_scale, embedding_bias),
+            0,
+            Norm(raw(ln_weight.unsafe_ptr()), raw(ln_bias.unsafe_ptr()), n),
+        )
+        var phases = Phases((6 * PROJECT_PHASES + 4) * layers + 2 + PROJECT_PHASES)
         var self_attention = SelfAttention[width](
             output=attended,
             qkv=hidden,
@@ -492,7 +536,8 @@ struct DecoderBlocks:
         ) {
             var stream, var hidden, var attended, var all_rows, var layers, var team, var phases,
             var rows, var windows, var heads, var self_attention, var cross_attention,
-            var cache_size, var kept, var keeps, var stream_size, var memory, imm
+            var cache_size, var kept, var keeps, var stream_size, var memory, var n,
+            var wanted_rows, var to_logits, imm
         }:
             var phase = phases
             var none = Norm(stream, stream, 0)
@@ -536,9 +581,17 @@ struct DecoderBlocks:
                     stream, hidden, all_rows, mlp_2, layer, none, residual=True
                 ), memory)
 
+            @always_inline
+            def take(row: Int) {var stream, var hidden, var n, imm}:
+                var place = Int(wanted.unsafe_ptr().unsafe_offset(row).unsafe_load())
+                copy[width](stream.unsafe_offset(place * n), hidden.unsafe_offset(row * n), n)
+
+            if keeps:
+                keep[width](phase, stream, kept, 2 * layers, stream_size)
+            phase.run(wanted_rows, take)
+            project(phase, team, to_logits, memory)
+
         sync_parallelize(worker, team)
-        if keeps:
-            copy[width](stream, kept.unsafe_offset(2 * layers * stream_size), stream_size)
         phases.free()
         packed.unsafe_free()
         hidden.unsafe_free()

@@ -197,25 +197,3 @@ struct Embed:
                     .unsafe_offset((offset + row % count) * n + k)
                     .unsafe_load()
                 )
-
-
-@extensibility.register("whisper_take_rows")
-struct TakeRows:
-    @staticmethod
-    def execute[
-        target: StaticString, //, width: Int
-    ](
-        output: OutputTensor[dtype=F32, rank=3, ...],
-        x: InputTensor[dtype=F32, rank=3, ...],
-        rows: InputTensor[dtype=DType.int32, rank=1, ...],
-        ctx: DeviceContext,
-    ) raises:
-        """The rows of x, shape (batch, tokens, n_state), whose flat numbers are asked for."""
-        var n = x.dim_size(2)
-        for i in range(rows.dim_size(0)):
-            var row = Int(rows.unsafe_ptr().unsafe_offset(i).unsafe_load())
-            copy[width](
-                raw(x.unsafe_ptr()).unsafe_offset(row * n),
-                raw(output.unsafe_ptr()).unsafe_offset(i * n),
-                n,
-            )
