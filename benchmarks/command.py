@@ -178,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"measure only these, of {', '.join(peers.PEER)}; all are loaded at once, which takes "
         "memory",
     )
-    parser.add_argument("--repeats",
+    parser.add_argument(
+        "--repeats",
         type=int,
         metavar="N",
         help="how often every scenario is measured (default: its own number)",

@@ -42,6 +42,7 @@ LEAVES = {
     "options",
     "pickling",
     "report",
+    "rule",
     "settings",
     "shadow",
     "upstream_structure",

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from whisper.decoding import ApplyTimestampRules, LogitFilter, SuppressBlank, SuppressTokens
 
 from .changed_parts import has_replaced
+from .rule import Rule
 
 if TYPE_CHECKING:
     from whisper.decoding import DecodingTask
-
-
-class Rule(NamedTuple):
-    """What may follow a row, as the kernel reads it (kernels/select.mojo)."""
-
-    text_from: int
-    text_to: int
-    time_from: int
-    time_to: int
-    time_may_outweigh: int
-    """1 where only timestamps may follow if they are likelier together than any text token."""
 
 
 @dataclass(frozen=True)

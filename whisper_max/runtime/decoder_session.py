@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..conditions import norm_reasons
 from ..dispatch import refuse
 from ..graphs.specification import HEAD_DIM
-from ..selection import Rule
+from ..rule import Rule
 from ..settings import Settings
 from . import weights
 from .engine import (

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import on_one_thread, report
 from ..conditions import UnsupportedByMax
 from ..graphs.specification import HEAD_DIM, MASKED, PANEL
-from ..selection import Rule
+from ..rule import Rule
 from . import limits, memory
 from .load_max import without_signal_handler
 from .tensors import Tables, int32, to_buffer, to_torch

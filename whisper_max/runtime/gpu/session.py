@@ -11,7 +11,7 @@ from max.driver import Buffer
 from torch import Tensor, nn
 
 from ...conditions import UnsupportedByMax
-from ...selection import Rule
+from ...rule import Rule
 from ...settings import Settings
 from ..decoder_session import distinct
 from ..engine import Ranked, suppression
