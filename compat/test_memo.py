@@ -62,6 +62,24 @@ def test_edited_audio_is_encoded_anew(model, executed):
     assert executed["encoder"] == 3
 
 
+def test_audio_that_changes_while_it_is_encoded_is_not_taken_for_what_it_became(
+    model, monkeypatch
+):
+    mel, later = numbers((1, 80, 120), 1), numbers((1, 80, 120), 2)
+    execute = Engine.execute
+
+    def changing(self, graph, *operands):
+        results = execute(self, graph, *operands)
+        if graph == "encoder":
+            mel.copy_(later)
+        return results
+
+    monkeypatch.setattr(Engine, "execute", changing)
+    model.encoder(mel)
+    monkeypatch.setattr(Engine, "execute", execute)
+    assert_close(model.encoder(mel), on_pytorch(model).encoder(later))
+
+
 def test_what_was_returned_is_the_callers(model):
     mel, features = numbers((1, 80, 120), 1), numbers((1, 60, 128), 2)
     tokens = token_rows((2, 5), 100, 1)

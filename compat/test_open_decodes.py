@@ -83,6 +83,98 @@ def test_calls(model, calls, reason):
     assert reason is None or reason in reasons
 
 
+def begin_anew(inference):
+    """Upstream's `cleanup_caching`, written out."""
+    for hook in inference.hooks:
+        hook.remove()
+    inference.kv_cache, inference.hooks = {}, []
+
+
+def go_on_with_caches(inference):
+    """Those of the same decode, which PyTorch has made."""
+    begin_anew(inference)
+    model = inference.model
+    caches, hooks = model.install_kv_cache_hooks()
+    with whisper_max.disabled():
+        model.decoder(TOKENS[:, :4], FEATURES, kv_cache=caches)
+    for hook in hooks:
+        hook.remove()
+    inference.kv_cache = caches
+
+
+@pytest.mark.parametrize("prompt", [1, PROMPT])
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("assign", [begin_anew, go_on_with_caches])
+@torch.no_grad()
+def test_assigned_caches(model, assign, steps, prompt):
+    other = numbers((1, 60, 128), 4)
+
+    def outcome(model):
+        inference = decoding.PyTorchInference(model, prompt)
+        for count in range(prompt, prompt + steps):
+            inference.logits(TOKENS[:, :count], FEATURES)
+        assign(inference)
+        features = other if assign is begin_anew else FEATURES
+        logits = inference.logits(TOKENS[:, 5 : 5 + prompt], features)
+        inference.cleanup_caching()
+        return logits
+
+    expected = outcome(on_pytorch(model))
+    with with_fallback():
+        torch.testing.assert_close(outcome(model), expected, rtol=1e-4, atol=1e-4)
+        used = whisper_max.status().targets["inference"]
+    if assign is begin_anew:
+        assert used.max_calls == steps + 1 and not used.torch_calls
+    else:
+        assert "its kv_cache was filled by somebody else" in used.reasons
+
+
+@torch.no_grad()
+def test_an_inference_that_sets_upstreams_attributes_by_itself(model):
+    class Own(decoding.PyTorchInference):
+        def __init__(self, model):
+            self.model, self.initial_token_length = model, PROMPT
+            self.kv_cache, self.hooks, self.kv_modules = {}, [], []
+
+    expected = on_pytorch(model).logits(TOKENS[:, :PROMPT], FEATURES)
+    with with_fallback():
+        inference = Own(model)
+        torch.testing.assert_close(
+            inference.logits(TOKENS[:, :PROMPT], FEATURES), expected, rtol=1e-4, atol=1e-4
+        )
+        inference.rearrange_kv_cache([2, 1, 0])
+        inference.cleanup_caching()
+
+
+@torch.no_grad()
+def test_a_decoder_that_is_no_module(model):
+    class Decoder:
+        """Counts the calls of another."""
+
+        def __init__(self, decoder):
+            self.blocks, self.calls, self._decoder = decoder.blocks, 0, decoder
+
+        def __call__(self, tokens, features, kv_cache):
+            self.calls += 1
+            return self._decoder(tokens, features, kv_cache=kv_cache)
+
+    class Model:
+        dims, encoder = model.dims, model.encoder
+        install_kv_cache_hooks = model.install_kv_cache_hooks
+
+        def __init__(self, decoder):
+            self.decoder = Decoder(decoder)
+
+    expected = on_pytorch(model).logits(TOKENS[:, :PROMPT], FEATURES)
+    with with_fallback():
+        duck = Model(model.decoder)
+        inference = decoding.PyTorchInference(duck, PROMPT)
+        found = inference.logits(TOKENS[:, :PROMPT], FEATURES)
+        inference.cleanup_caching()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert duck.decoder.calls == 1
+
+
 calls = st.lists(
     st.integers(1, 6) | st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=6
 )

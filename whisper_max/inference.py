@@ -35,14 +35,16 @@ class MaxInference(UpstreamInference):
     initial_token_length : tokens of the prompt, after which one is decoded at a time
     """
 
+    # Of the class: a subclass may set upstream's attributes by itself.
+    session: Session | None = None
+    _torch_reasons: list[str] | None = None
+    _features: Tensor | None = None
+    _decoded: Tensor | None = None
+    _listening: listeners.HookPoints | None = None
+
     def __init__(self, model: Whisper, initial_token_length: int) -> None:
-        self.session: Session | None = None
-        self._torch_reasons: list[str] | None = None
-        self._features: Tensor | None = None
-        self._decoded: Tensor | None = None
         super().__init__(model, initial_token_length)
         live_models.adopt(model)
-        self._listening: listeners.HookPoints | None = None
 
     @property
     def kv_cache(self) -> dict:
@@ -61,7 +63,10 @@ class MaxInference(UpstreamInference):
 
     @kv_cache.setter
     def kv_cache(self, caches: dict) -> None:
+        """Other caches are another decode: the next step chooses its path anew."""
         self._kv_cache = caches
+        if self.session is not None:
+            self._end()
 
     def logits(self, tokens: Tensor, audio_features: Tensor) -> Tensor:
         """Logits of all new tokens, as upstream's `PyTorchInference.logits`.
@@ -114,10 +119,12 @@ class MaxInference(UpstreamInference):
 
     def cleanup_caching(self) -> None:
         """Ends the decode; the next one chooses its path anew."""
-        on_one_thread.release()
-        self.session = None
+        self._end()
         super().cleanup_caching()
-        self._torch_reasons = None
+
+    def _end(self) -> None:
+        on_one_thread.release()
+        self.session = self._torch_reasons = None
         self._features = self._decoded = self._listening = None
 
     def start(
@@ -197,8 +204,10 @@ def inference_reasons(
     off = activation.why_off("inference", model.decoder)
     if off is not None:
         reasons.append(off)
-    if not live_models.is_max(model.decoder):
-        reasons.append("the decoder is not on MAX")
+    if not live_models.is_max(model.decoder):  # nor need it be a module, upstream
+        return [*reasons, "the decoder is not on MAX"]
+    if inference._kv_cache:
+        reasons.append("its kv_cache was filled by somebody else")
     if has_replaced(model, "install_kv_cache_hooks", "whisper.model"):
         reasons.append("the model's install_kv_cache_hooks was replaced")
     reasons += bypass_reasons("decoder", model.decoder)

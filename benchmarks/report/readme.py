@@ -65,8 +65,9 @@ def _legend(results: Results, model: str | None) -> str:
         f"First column: time of unpatched openai-whisper, in float32. Others: speed-up over it. "
         f"{cpu}, {threads} threads, {results.measured[:10]}. Model sizes are real, weights random; "
         f"{TRAINED} is the bundled trained model, of width 128, which transcribes synthetic speech "
-        "without retries at higher temperatures; its loading and the reading of the file are not "
-        f"included. A decoder step makes one token.{memory} whisper.cpp was not measured, nor "
+        "without retries at higher temperatures; loading the model and reading the file are not "
+        "included. The encoder in medium and int8 needs AVX512-BF16 and AVX512-VNNI for this. "
+        f"A decoder step makes one token.{memory} whisper.cpp was not measured, nor "
         "OpenVINO's decoding. "
         "[All figures, and how they were measured](docs/benchmarks.md)"
     )

@@ -38,9 +38,12 @@ def encode(encoder: nn.Module, mel: Tensor, settings: Settings) -> Tensor:
         ready = state.ready(encoder, settings, max_device, audio_sizes(encoder), mel.dtype)
     features = state.features.find(ready, mel)
     if features is None:
+        single = len(mel) == 1  # upstream encodes single windows again; batches are large
+        if single:
+            mel = on_one_thread.copy(mel)  # before it is read: another thread may be writing there
         features = ready.encode(mel)
-        if len(mel) == 1:  # upstream encodes single windows again; batches are large
-            state.features.keep(ready, on_one_thread.copy(mel), features)
+        if single:
+            state.features.keep(ready, mel, features)
     return on_one_thread.copy(features)  # the caller's own, to change as it likes
 
 
