@@ -123,7 +123,7 @@ def without_max(package):
         raise importlib.metadata.PackageNotFoundError(package)
     return version(package)
 importlib.metadata.version = without_max
-from whisper_max.cli import findings, main, selfcheck
+from whisper_max.cli import main
 sys.exit(main(["doctor"]))
 """
     done = subprocess.run(

@@ -41,8 +41,12 @@ def script(**changes) -> Script:
 
 def environment(name: str = "py311-max", **changes) -> Environment:
     versions = {"python": "3.11.7", "openai-whisper": "20250625", "torch": "2.13", "max": "26.7"}
-    known = {"recorded": "2026-01-02", "sources": "0a1b2c", "versions": versions}
-    known["patched"] = ["encoder"]
+    known = {
+        "recorded": "2026-01-02",
+        "sources": "0a1b2c",
+        "versions": versions,
+        "patched": ["encoder"],
+    }
     return Environment(name, **{**known, **changes})
 
 

@@ -125,8 +125,8 @@ def first_run_lines(first_run: FirstRun) -> list[str]:
     texts = "All texts are identical." if first_run.identical else "**Texts differ.**"
     return [
         f"A script of {count} transcriptions ({first_run.model}) takes "
-        f"{duration(first_run.plain[-1])} with plain "
-        f"openai-whisper, and {duration(first_run.patched[count - 1])} at its first patched run, "
+        f"{duration(first_run.plain[-1])} with plain openai-whisper, and "
+        f"{duration(first_run.patched[count - 1])} at its first patched run, "
         f"while the graphs are compiled beside it: {ratio:.2f} times as long. The first text is "
         f"there after {duration(first_run.plain[0])} and {duration(first_run.patched[0])}. "
         f"{change} {texts}",

@@ -43,15 +43,15 @@ OVERHEAD_NOTE = (
 )
 
 STEP_NOTE = (
-    "CTranslate2 offers no single step: its figures are differences between decoding more tokens"
-    " and fewer, and include the choice of tokens. Of the others a step is timed through "
+    "CTranslate2 offers no single step: its figures are differences between decoding more "
+    "tokens and fewer, and include the choice of tokens. Of the others a step is timed through "
     "PyTorchInference.logits, as loops other than upstream's call it; whisper_max's transcribe "
     "takes a shorter way, so that a token of a window costs less. Speech is the bundled "
     "recordings, which are synthetic, one by one or joined to 10 minutes; these are transcribed "
-    "at temperature 0, without retries. Loading the model and reading the file are not included."
-    " Of OpenVINO the encoder was measured only, converted from openai-whisper's: not the "
-    "decoding of OpenVINO GenAI. whisper.cpp was not measured. A result is as openai-whisper's "
-    "where tokens are the same, and words and their times within 0.02 s."
+    "at temperature 0, without retries. Loading the model and reading the file are not "
+    "included. Of OpenVINO the encoder was measured only, converted from openai-whisper's: not "
+    "the decoding of OpenVINO GenAI. whisper.cpp was not measured. A result is as "
+    "openai-whisper's where tokens are the same, and words and their times within 0.02 s."
 )
 
 SCALING_NOTE = "Measured apart, 1 thread and more in turns: these times compare with each other."

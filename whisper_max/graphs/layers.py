@@ -44,11 +44,10 @@ class Layers:
         x: TensorValue,
         name: str,
         *,
-        norm: str | None = None,
         gelu: bool = False,
         residual: TensorValue | None = None,
     ) -> TensorValue:
-        """act(norm(x) @ weight.T + bias) + residual; x, shape = (batch, length, in) -> (..., out).
+        """act(x @ weight.T + bias) + residual; x, shape = (batch, length, in) -> (..., out).
 
         `residual`, shape = (length, out), is the same for the whole batch.
         """
@@ -58,8 +57,8 @@ class Layers:
             "whisper_linear",
             [
                 x,
-                self.weights[f"{norm}.weight"] if norm else none_vector,
-                self.weights[f"{norm}.bias"] if norm else none_vector,
+                none_vector,  # the norm before it, which layers inside of the blocks have
+                none_vector,
                 self.weights[f"{name}.weight"],
                 self.weights[f"{name}.scale"],
                 bias,

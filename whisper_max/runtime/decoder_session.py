@@ -151,7 +151,7 @@ class DecoderSession:
         return Selection(suppressed, n_vocab, count, self.rows)
 
     def select(
-        self, tokens: list[int], selection: Selection, rules: Iterable[Rule]
+        self, tokens: list[int], selection: Selection, rules: Sequence[Rule]
     ) -> Ranked:
         """Decodes one token for each row and ranks what may follow."""
         selection.at(tokens, rules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
 from math import sqrt
@@ -234,7 +234,7 @@ class Selection:
         self.choice = mask, rules, *self._chosen.buffers
         self.operands: tuple[Buffer, ...] | None = None  # of the step, once it has been made
 
-    def at(self, tokens: list[int], rules: Iterable[Rule]) -> None:
+    def at(self, tokens: list[int], rules: Sequence[Rule]) -> None:
         """The step's tokens, one of each row, and the rules for what may follow them."""
         self._given.write(*tokens, *chain.from_iterable(rules))
 

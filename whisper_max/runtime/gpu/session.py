@@ -122,7 +122,7 @@ class GpuSession:
         return GpuSelection(self._workspace, suppressed, n_vocab, count)
 
     def select(
-        self, tokens: list[int], selection: GpuSelection, rules: Iterable[Rule]
+        self, tokens: list[int], selection: GpuSelection, rules: Sequence[Rule]
     ) -> Ranked:
         """Decodes one token for each row and ranks what may follow."""
         position, parents = self._end(1) - 1, self._checked_parents()
