@@ -13,12 +13,13 @@ from std.math import align_up, ceildiv
 from std.memory import bitcast, unsafe_stack_allocation
 from std.sys import llvm_intrinsic, size_of
 
-from .gemm import F32, PANEL, Bytes, Floats, Packed, accumulate, raw, tile_rows
+from .gemm import F32, PANEL, Bytes, Floats, Packed, accumulate, fetch, raw, tile_rows
 from .norm import Norm
 from .tiles import SIDE, STEP_BYTES, TILE_ROWS, begin_tiles, end_tiles, multiply_tiles, parts_of
 
 comptime BF16 = DType.bfloat16
 comptime I8 = DType.int8
+comptime I16 = DType.int16
 comptime I32 = DType.int32
 comptime WORDS = 16
 """32-bit words in the vectors of those instructions, which only CPUs with AVX-512 have."""
@@ -39,6 +40,8 @@ comptime SMALLEST: Float32 = 1e-30
 """Of the largest number in a quantized row, so that a row of zeros has a scale."""
 comptime INT8_ZERO = 128
 """Added to quantized activations: vpdpbusd takes the left operand without a sign."""
+comptime WORD_LARGEST = 32767
+"""Of activations in 16 bits: their products with 8 bits of BLOCK_LENGTH inputs fit 32."""
 
 
 @always_inline
@@ -64,6 +67,16 @@ def dot_fours(
     """Adds the products of four unsigned bytes with four signed ones of each of 16 columns."""
     return llvm_intrinsic["llvm.x86.avx512.vpdpbusd.512", SIMD[I32, WORDS]](
         sums, bitcast[DType.uint8, 4 * WORDS](SIMD[DType.uint32, WORDS](word)), panel
+    )
+
+
+@always_inline
+def dot_words(
+    sums: SIMD[I32, WORDS], word: UInt32, panel: SIMD[I16, 2 * WORDS]
+) -> SIMD[I32, WORDS]:
+    """Adds the products of one pair of 16-bit integers with the pairs of 16 columns."""
+    return llvm_intrinsic["llvm.x86.avx512.vpdpwssd.512", SIMD[I32, WORDS]](
+        sums, bitcast[I16, 2 * WORDS](SIMD[DType.uint32, WORDS](word)), panel
     )
 
 
@@ -112,6 +125,36 @@ def accumulate_fours[
 
 
 @always_inline
+def accumulate_words[
+    type: DType, //, rows: Int, ahead: Int
+](
+    mut sums: Array[SIMD[I32, WORDS], 2 * rows],
+    a: Packed[I16],
+    row_stride: Int,
+    panel: Packed[type],
+    length: Int,
+):
+    """Adds `a[rows, length] @ panel`, the panel as it is packed, of bytes.
+
+    It is asked for `ahead` lines before it is read. The length is at most BLOCK_LENGTH.
+    """
+    comptime assert BLOCK_LENGTH * WORD_LARGEST * 127 < 1 << 31
+    var words = words_of(a)
+    for pair in range(ceildiv(length, 2)):
+        var k = 2 * pair
+        comptime if ahead > 0:
+            fetch[2 * PANEL](panel.unsafe_offset((k + ahead) * PANEL))
+        var first = line_of(panel, k, length).cast[I16]()
+        var both = first.interleave(line_of(panel, k + 1, length).cast[I16]())
+        var left = both.slice[2 * WORDS]()
+        var right = both.slice[2 * WORDS, offset=2 * WORDS]()
+        comptime for r in range(rows):
+            var x = words.unsafe_offset(r * (row_stride // 2) + pair).unsafe_load()
+            sums[2 * r] = dot_words(sums[2 * r], x, left)
+            sums[2 * r + 1] = dot_words(sums[2 * r + 1], x, right)
+
+
+@always_inline
 def store_bfloat16[parts: Int = 1](source: Floats, to: Packed[BF16], count: Int):
     """Rounds `count` floats; `to` may be the beginning of the source itself.
 
@@ -150,27 +193,32 @@ def store_pairs[
         )
 
 
-def quantize(source: Floats, to: Packed[I8], count: Int) -> Float32:
-    """Rounds `count` floats, a multiple of 16, to 8 bits around INT8_ZERO; returns their scale."""
+def quantize[type: DType](source: Floats, to: Packed[type], count: Int) -> Float32:
+    """Rounds `count` floats, a multiple of 16, to integers; returns their scale.
+
+    type : int8, around INT8_ZERO, or int16
+    """
+    comptime largest_integer: Float32 = 127 if type == I8 else WORD_LARGEST
+    comptime zero: Int32 = INT8_ZERO if type == I8 else 0
     var largest = SIMD[F32, WORDS](0)
     for i in range(0, count, WORDS):
         largest = max(largest, abs(source.unsafe_offset(i).unsafe_load[width=WORDS]()))
-    var scale = max(largest.reduce_max(), SMALLEST) / 127
+    var scale = max(largest.reduce_max(), SMALLEST) / largest_integer
     var inverse = 1 / scale
     for i in range(0, count, WORDS):
         var x = round(source.unsafe_offset(i).unsafe_load[width=WORDS]() * inverse)
-        to.unsafe_offset(i).unsafe_store((x.cast[I32]() + INT8_ZERO).cast[I8]())
+        to.unsafe_offset(i).unsafe_store((x.cast[I32]() + zero).cast[type]())
     return scale
 
 
 @fieldwise_init
 struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
-    """The left operand of a product, packed once for all workers.
+    """The left operand of a product, packed once for all workers; few rows by each for itself.
 
     Cut along the shared axis into blocks, `[blocks, rows, stride]`; `rows` fill the last tile up.
-    Where `product` is int8, every row of a block has a scale.
+    Where `product` is int8 or int16, every row of a block has a scale.
 
-    product : float32, bfloat16 or int8
+    product : float32, bfloat16, int8 or int16
     tiles : whether matrix tiles multiply
     """
 
@@ -211,8 +259,12 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     @always_inline
     def length_of_blocks(self) -> Int:
         """Along the shared axis: all are of one length, but for the last."""
-        var blocks = ceildiv(self.length, Self.block_length)
-        return align_up(ceildiv(self.length, blocks), BLOCK_STEP)
+        return align_up(ceildiv(self.length, self.blocks()), BLOCK_STEP)
+
+    @always_inline
+    def blocks(self) -> Int:
+        """Into how many blocks the shared axis is cut."""
+        return ceildiv(self.length, Self.block_length)
 
     @always_inline
     def begin(self, block: Int) -> Int:
@@ -239,7 +291,7 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         """Packs one row, normalized if there is a norm."""
         var moments = norm.moments[Self.width](source, self.length)
         var line = unsafe_stack_allocation[BLOCK_LENGTH, Float32, alignment=64]()
-        for block in range(ceildiv(self.length, Self.block_length)):
+        for block in range(self.blocks()):
             var begin = self.begin(block)
             var length = self.begin(block + 1) - begin
             var to = self.row(block, row)
@@ -261,7 +313,7 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                     )
                 else:
                     self.scale(block, row).unsafe_store(
-                        quantize(numbers, Packed[I8](unsafe_from_address=Int(to)), whole)
+                        quantize(numbers, to, whole)
                     )
 
 

@@ -16,7 +16,7 @@ from .gemm import (
 )
 from .norm import Norm
 from .phases import Phases
-from .products import ROWS_STEP, Panel, PackedRows
+from .products import I8, I16, I32, ROWS_STEP, WORDS, Panel, PackedRows, accumulate_words
 from .tiles import begin_tiles, end_tiles
 
 comptime FEW_ROWS = 48
@@ -88,7 +88,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     """One linear layer: its operands, and the work on one chunk of its output.
 
     `product` is what many rows are multiplied in, in matrix tiles or in vectors; few are, in
-    float32, as fast as memory is read.
+    float32 or 16-bit integers, as fast as memory is read.
     `weight` is packed, `[panels, length, 32]`. `scale` multiplies each output channel (int8
     weights) where `scaled`. `residual` is read at `row % residual_rows` (0: none) and may be the
     output itself. Where `packs_output`, which is for float32, the output is left as the next
@@ -97,6 +97,10 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
 
     comptime Left = PackedRows[Self.product, Self.width, Self.tiles]
     comptime Right = Panel[Self.product, Self.width, Self.tiles]
+    comptime in_words = Self.type == I8 and Self.product == I8
+    """Whether few rows are multiplied as 16-bit integers: with bytes that is exact, and takes half
+    of the instructions that float32 does."""
+    comptime Words = PackedRows[I16, Self.width, False]
 
     var output: Floats
     var x: Floats
@@ -163,13 +167,10 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         return self.row_blocks(team) * self.panels()
 
     def run(self, chunk: Int, chunks: Int, left: Self.Left, right: Self.Right):
-        """Computes one of `chunks` parts; few rows have been normalized, many packed.
+        """Computes one of `chunks` parts of many rows, which have been packed.
 
-        right : the worker's own, for many rows
+        right : the worker's own
         """
-        if self.is_streamed():
-            self.stream(self.panels() * chunk // chunks, self.panels() * (chunk + 1) // chunks)
-            return
         # All panels of one block of rows follow each other: those rows are in the cache then.
         var blocks = chunks // self.panels()
         var block = chunk // self.panels()
@@ -183,19 +184,26 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
             chunk % self.panels(),
         )
 
-    def stream(self, first_panel: Int, last_panel: Int):
-        """All (few) rows times a run of panels, each panel read from memory once."""
-        for panel in range(first_panel, last_panel):
+    def stream(self, words: Self.Words, chunk: Int, chunks: Int):
+        """Computes one of `chunks` parts of few rows: each panel is read from memory once.
+
+        words : the rows, where the product is `in_words`; else they have been normalized
+        """
+        for panel in range(self.panels() * chunk // chunks, self.panels() * (chunk + 1) // chunks):
             var row = 0
             comptime for tile in range(6):
                 comptime rows = (tile_rows[Self.width](), 5, 4, 3, 2, 1)[tile]
                 while row + rows <= self.rows:
-                    self.stream_tile[rows](self.x.unsafe_offset(row * self.length), row, panel)
+                    comptime if Self.in_words:
+                        self.stream_words[rows](words, row, panel)
+                    else:
+                        self.stream_tile[rows](row, panel)
                     row += rows
 
     @always_inline
-    def stream_tile[rows: Int](self, a: Floats, row: Int, panel: Int):
+    def stream_tile[rows: Int](self, row: Int, panel: Int):
         """`rows` rows times one panel, widened in registers."""
+        var a = self.x.unsafe_offset(row * self.length)
         var sums = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
         comptime for part in range(PANEL // (2 * Self.width)):
             var vectors = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
@@ -203,7 +211,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                 vectors,
                 a,
                 self.length,
-                self.weight.unsafe_offset(panel * self.length * PANEL + part * 2 * Self.width),
+                self.weight_at(panel, 0).unsafe_offset(part * 2 * Self.width),
                 self.length,
             )
             comptime for i in range(2 * rows):
@@ -212,6 +220,35 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                 ).unsafe_store(vectors[i])
         var column = panel * PANEL
         self.finish(raw(sums), self.output_at(row, column), row, rows, column, True, True)
+
+    @always_inline
+    def stream_words[rows: Int](self, words: Self.Words, row: Int, panel: Int):
+        """`rows` rows of 16-bit integers times one panel, widened in registers to as many."""
+        var sums = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
+        for block in range(words.blocks()):
+            var begin = words.begin(block)
+            var vectors = Array[SIMD[I32, WORDS], 2 * rows](fill=SIMD[I32, WORDS](0))
+            accumulate_words[rows, AHEAD if rows > 1 else 0](
+                vectors,
+                Packed[I16](unsafe_from_address=Int(words.row(block, row))),
+                Self.Words.stride,
+                self.weight_at(panel, begin),
+                words.begin(block + 1) - begin,
+            )
+            comptime for i in range(2 * rows):
+                var at = sums.unsafe_offset(i * WORDS)
+                var scale = words.scale(block, row + i // 2).unsafe_load()
+                var sum = vectors[i].cast[F32]() * scale
+                if block > 0:
+                    sum += at.unsafe_load[width=WORDS]()
+                at.unsafe_store(sum)
+        var column = panel * PANEL
+        self.finish(raw(sums), self.output_at(row, column), row, rows, column, True, True)
+
+    @always_inline
+    def weight_at(self, panel: Int, line: Int) -> Packed[Self.type]:
+        """A panel, from one of its lines on."""
+        return self.weight.unsafe_offset((panel * self.length + line) * PANEL)
 
     def block(
         self,
@@ -237,7 +274,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         for block in range(blocks):
             var begin = left.begin(block)
             var length = left.begin(block + 1) - begin
-            right.load(self.weight.unsafe_offset((panel * self.length + begin) * PANEL), length)
+            right.load(self.weight_at(panel, begin), length)
             for row in range(first_row, last_row, at_once):
                 var rows = min(at_once, last_row - row)
                 var to = self.output_at(row, column)
@@ -337,21 +374,14 @@ def project[
 
     is_packed: whether they are already
     """
+    if projection.is_streamed():
+        project_few(phases, team, projection)
+        return
     var chunks = projection.chunks(team)
     var rows = projection.rows
     var left = projection.Left.at(memory, rows, projection.length)
-    var panel = unsafe_alloc[UInt8](
-        0 if projection.is_streamed() else projection.Right.bytes, alignment=64
-    )
+    var panel = unsafe_alloc[UInt8](projection.Right.bytes, alignment=64)
     var right = projection.Right.at(raw(panel))
-    # Every worker applies the norm to few rows itself: that takes less time than to wait for
-    # another's. One that comes late may read what a later phase overwrites, but finds nothing left
-    # to do with it.
-    var own = projection.is_streamed() and projection.norm.length > 0
-    var normalized = unsafe_alloc[Float32](
-        rows * projection.length if own else 0, alignment=64
-    )
-    var layer = projection.normalized(normalized) if own else projection
 
     @always_inline
     def pack(chunk: Int) {var projection, var left, var rows, imm}:
@@ -359,11 +389,47 @@ def project[
             left.pack(row, projection.x.unsafe_offset(row * projection.length), projection.norm)
 
     @always_inline
-    def part(chunk: Int) {var layer, var chunks, var left, var right, imm}:
-        layer.run(chunk, chunks, left, right)
+    def part(chunk: Int) {var projection, var chunks, var left, var right, imm}:
+        projection.run(chunk, chunks, left, right)
 
-    if not projection.is_streamed() and not is_packed:
+    if not is_packed:
         phases.run(ceildiv(rows, PACKED_ROWS), pack)
     phases.run(chunks, part)
     panel.unsafe_free()
-    normalized.unsafe_free()
+
+
+@always_inline
+def project_few[
+    type: DType, width: Int, product: DType, tiles: Bool, //
+](mut phases: Phases, team: Int, projection: Projection[type, width, product, tiles]):
+    """A linear layer of few rows.
+
+    Every worker applies the norm and rounds to integers itself: that takes less time than to wait
+    for another's. One that comes late may read what a later phase overwrites, but finds nothing
+    left to do with it.
+    """
+    comptime Words = projection.Words
+    var chunks = projection.chunks(team)
+    var rows = projection.rows
+    var length = projection.length
+    var layer = projection
+    var room: Int
+    comptime if projection.in_words:
+        room = Words.bytes(rows, length)
+    else:
+        room = rows * projection.norm.length * size_of[Float32]()
+    var memory = unsafe_alloc[UInt8](room, alignment=64)
+    var words = Words.at(raw(memory), rows, length)
+    comptime if projection.in_words:
+        for row in range(rows):
+            words.pack(row, projection.x.unsafe_offset(row * length), projection.norm)
+    else:
+        if projection.norm.length > 0:
+            layer = projection.normalized(Floats(unsafe_from_address=Int(memory)))
+
+    @always_inline
+    def part(chunk: Int) {var layer, var words, var chunks, imm}:
+        layer.stream(words, chunk, chunks)
+
+    phases.run(chunks, part)
+    memory.unsafe_free()
