@@ -137,21 +137,32 @@ def test_pack_rounds_to_the_nearest_and_of_two_to_the_even(engine):
     assert torch.equal(packed[0], panels(weight.round().to(torch.int8)))
 
 
-@given(
-    batch=st.integers(1, 3),
-    rows=ROWS,
-    length=LENGTHS | st.sampled_from([3, 15, 249, 523]),
-    columns=COLUMNS,
-    way=st.sampled_from(PRODUCTS),
-    norm=st.booleans(),
-    gelu=st.booleans(),
-    residual=st.booleans(),
-    seed=seeds,
-    scale=st.sampled_from([1e-2, 1.0, 10.0]),
-)
-def test_linear(
-    engine, batch, rows, length, columns, way, norm, gelu, residual, seed, scale
-):
+LAYERS = {
+    "batch": st.integers(1, 3),
+    "rows": ROWS,
+    "length": LENGTHS | st.sampled_from([3, 15, 249, 523]),
+    "columns": COLUMNS,
+    "way": st.sampled_from(PRODUCTS),
+    "norm": st.booleans(),
+    "gelu": st.booleans(),
+    "residual": st.booleans(),
+    "seed": seeds,
+    "scale": st.sampled_from([1e-2, 1.0, 10.0]),
+}
+
+
+@given(**LAYERS)
+def test_linear(engine, **layer):
+    check_linear(engine, **layer)
+
+
+@pytest.mark.skipif(("int8", "int8") not in PRODUCTS, reason="the CPU has no VNNI")
+@given(**{**LAYERS, "rows": st.integers(1, FEW_ROWS), "way": st.just(("int8", "int8"))})
+def test_few_rows_in_words(engine, **layer):
+    check_linear(engine, **{**layer, "batch": 1})
+
+
+def check_linear(engine, batch, rows, length, columns, way, norm, gelu, residual, seed, scale):
     x = numbers((batch, rows, length), seed, scale)
     weight = numbers((columns, length), seed + 1, length**-0.5)
     bias, added = numbers((columns,), seed + 2), numbers((rows, columns), seed + 3)
