@@ -12,13 +12,13 @@ from contextlib import nullcontext
 from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 from whisper import timing
 from whisper.model import Whisper
 
 from . import activation, first_use, listeners, live_models, settings
 from .activation import originals
-from .changed_parts import has_replaced
+from .changed_parts import CALLS, has_replaced
 from .conditions import bypass_reasons, device_of, tensor_reasons
 from .dispatch import refuse, run
 from .text_decoder import audio_reasons, call_reasons
@@ -98,6 +98,8 @@ class _StandIn:
         refuse([*bypass_reasons("model", model), *bypass_reasons("decoder", model.decoder)])
         if has_replaced(model, "forward", "whisper.model"):
             refuse([f"{type(model).__qualname__} has another forward"])
+        if any(has_replaced(model, name, nn.Module.__module__) for name in CALLS):
+            refuse([f"{type(model).__qualname__} has another __call__"])
         self.model = model
         self.dims = model.dims
         self.device = model.device

@@ -7,7 +7,7 @@ taken out of those modules is honoured by running them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import TYPE_CHECKING, NamedTuple
@@ -86,7 +86,7 @@ _SETTINGS = {
     "LayerNorm": {"eps": 1e-5, "elementwise_affine": True},
 }
 _METHODS = frozenset({"forward", "qkv_attention", "_conv_forward"})
-_CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
+CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 """By which `torch.nn.Module` comes to a forward."""
 _FUNCTIONS = ("linear", "conv1d", "gelu", "layer_norm", "softmax", "embedding")
 """Of torch.nn.functional, which those methods call."""
@@ -191,7 +191,7 @@ class _Classes:
             own = vars(base)
             replaced = [
                 name
-                for name in (*_METHODS, *_CALLS)
+                for name in (*_METHODS, *CALLS)
                 if name in own and is_replaced(own[name], base.__module__)
             ]
             self._replaced[base] = replaced[0] if replaced else None
@@ -207,7 +207,7 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
     attention = getattr(sys.modules["whisper.model"], "scaled_dot_product_attention", None)
     if not (attention is None or isinstance(attention, BuiltinFunctionType)):
         yield "whisper.model.scaled_dot_product_attention was replaced"
-    yield from _changes_of_torch()
+    yield from function_changes("whisper.model", _FUNCTIONS)
     positions = _own_tensor(module, "positional_embedding")
     if positions is None or positions.ndim != 2:
         yield "positional_embedding is not a matrix of its own"
@@ -236,13 +236,16 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
         yield from head_reasons(heads, n_state)
 
 
-def _changes_of_torch() -> Iterator[str]:
-    """What of PyTorch itself, that upstream's modules come down to, somebody has replaced."""
+def function_changes(module: str, names: Sequence[str]) -> Iterator[str]:
+    """What of torch.nn.functional, that upstream's module comes down to, somebody has replaced."""
     functional = sys.modules["torch.nn.functional"]
-    for name in _FUNCTIONS:
+    if getattr(sys.modules[module], "F", None) is not functional:
+        yield f"{module}.F was replaced"
+    for name in names:
         function = getattr(functional, name)
-        if not isinstance(function, BuiltinFunctionType) and is_replaced(
-            function, functional.__name__
+        if getattr(function, "__name__", None) != name or (
+            not isinstance(function, BuiltinFunctionType)
+            and is_replaced(function, functional.__name__)
         ):
             yield f"torch.nn.functional.{name} was replaced"
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from whisper.decoding import BeamSearchDecoder, DecodingTask, GreedyDecoder
 
-from . import activation
+from . import activation, inference
 from .activation import originals
-from .changed_parts import has_replaced
+from .changed_parts import function_changes, has_replaced
 from .conditions import UnsupportedByMax
 from .dispatch import out_of_memory_is_unsupported, refuse, run
 from .inference import MaxInference
@@ -101,15 +101,15 @@ def _on_max(
     task: DecodingTask, rollback: _Rollback, audio_features: Tensor, tokens: Tensor
 ) -> Decoded:
     refuse(_reasons(task, tokens))
-    task.inference.start(tokens, audio_features, refuse_hooks=True)
+    session = inference.start(task.inference, tokens, audio_features, refuse_hooks=True)
     try:
         with out_of_memory_is_unsupported(), only_this_thread():
-            return _decode(task, rollback, task.inference.session, audio_features, tokens)
+            return _decode(task, rollback, session, audio_features, tokens)
     except UnsupportedByMax as failed:
-        task.inference.leave_to_pytorch(failed.reasons)
+        inference.leave_to_pytorch(task.inference, failed.reasons)
         raise
     finally:
-        if task.inference.session is not None:
+        if inference.decode_of(task.inference).session is not None:
             task.inference.cleanup_caching()
 
 
@@ -268,9 +268,13 @@ def _reasons(task: DecodingTask, tokens: Tensor) -> list[str]:
     else:
         reasons += [
             f"the inference's {name} was replaced"
-            for name in ("logits", "rearrange_kv_cache")
+            for name in ("logits", "rearrange_kv_cache", "cleanup_caching")
             if has_replaced(task.inference, name, MaxInference.__module__)
         ]
+        if inference.is_open(task.inference):
+            reasons.append("the inference is in the middle of a decode")
+        if task.inference.model is not task.model:
+            reasons.append("the inference decodes another model than the task's")
         if not tokens.shape[-1] == task.sample_begin == task.inference.initial_token_length:
             reasons.append("the initial tokens were changed after the task was made")
     if not 0 <= task.sot_index < tokens.shape[-1]:
@@ -283,8 +287,9 @@ def _reasons(task: DecodingTask, tokens: Tensor) -> list[str]:
         reasons.append("the token decoder has an inference of its own")
     if torch.get_default_dtype() is not torch.float32:  # of upstream's sums, too
         reasons.append(f"the default dtype is {torch.get_default_dtype()}, not float32")
-    if task.sample_len < 1:
-        reasons.append(f"sample_len is {task.sample_len}")
+    if type(task.sample_len) is not int or task.sample_len < 1:
+        reasons.append(f"sample_len is {task.sample_len!r}")
+    reasons += function_changes("whisper.decoding", ("log_softmax",))
     reasons += [f"{name} filters the logits" for name in foreign_filters(task.logit_filters)]
     if not in_stock_order(task.logit_filters, task.sample_begin):
         reasons.append("the logit filters are not in upstream's order")

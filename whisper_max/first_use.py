@@ -6,15 +6,22 @@ import os
 import threading
 from types import ModuleType
 
+from .conditions import UnsupportedByMax
+
 
 def runtime() -> ModuleType:
     """`runtime.by_device`.
 
     A fork waits for the import: in the child, the thread that imports would not be there to end it,
     and others would wait for it for ever.
+
+    Raises UnsupportedByMax where MAX cannot be imported: another module may have its name.
     """
-    with _importing:
-        from .runtime import by_device
+    try:
+        with _importing:
+            from .runtime import by_device
+    except (ImportError, OSError) as error:
+        raise UnsupportedByMax(f"MAX cannot be imported: {error}") from error
 
     return by_device
 

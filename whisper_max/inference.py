@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,10 @@ from whisper.decoding import PyTorchInference
 
 from . import activation, first_use, listeners, live_models, on_one_thread, report, settings
 from .activation import originals
-from .changed_parts import has_replaced
+from .changed_parts import has_replaced, is_replaced
 from .conditions import UnsupportedByMax, bypass_reasons, tokens_reasons
 from .dispatch import on_pytorch, out_of_memory_is_unsupported, refuse
+from .pickling import New
 from .text_decoder import decoder_reasons
 
 if TYPE_CHECKING:
@@ -31,16 +33,14 @@ UpstreamInference: type[PyTorchInference] = originals.get(
 class MaxInference(UpstreamInference):
     """One decode. The path is chosen at its first step and stays, unless MAX fails.
 
+    All that is ours stands in one attribute, and in functions of this module: a subclass may have
+    names and attributes of its own.
+
     model : the model that decodes; one loaded before patch() is taken up here
     initial_token_length : tokens of the prompt, after which one is decoded at a time
     """
 
-    # Of the class: a subclass may set upstream's attributes by itself.
-    session: Session | None = None
-    _torch_reasons: list[str] | None = None
-    _features: Tensor | None = None
-    _decoded: Tensor | None = None
-    _listening: listeners.HookPoints | None = None
+    _whisper_max: _Decode  # not set by __init__: a subclass may set upstream's attributes by itself
 
     def __init__(self, model: Whisper, initial_token_length: int) -> None:
         super().__init__(model, initial_token_length)
@@ -53,20 +53,20 @@ class MaxInference(UpstreamInference):
         Who asks for them in a decode on MAX may change them: PyTorch fills them, and goes on. In
         mode "strict" UnsupportedByMax is raised instead.
         """
-        if self.session is not None and self._decoded is not None:
+        if is_open(self):
             reasons = ["its kv_cache was asked for"]
             if settings.active().mode == "strict":
                 refuse(reasons)
-            self.leave_to_pytorch(reasons)
-            self._fill_caches()
+            leave_to_pytorch(self, reasons)
+            _fill_caches(self)
         return self._kv_cache
 
     @kv_cache.setter
     def kv_cache(self, caches: dict) -> None:
         """Other caches are another decode: the next step chooses its path anew."""
         self._kv_cache = caches
-        if self.session is not None:
-            self._end()
+        if decode_of(self).session is not None:
+            _end(self)
 
     def logits(self, tokens: Tensor, audio_features: Tensor) -> Tensor:
         """Logits of all new tokens, as upstream's `PyTorchInference.logits`.
@@ -77,12 +77,13 @@ class MaxInference(UpstreamInference):
         Returns shape = (n_batch, new tokens, n_vocab), float32, in fresh memory. Raises
         UnsupportedByMax in mode "strict" where MAX cannot run the decode.
         """
-        if self.session is None and self._torch_reasons is None:
-            self._choose(tokens, audio_features)
-        if self._torch_reasons is not None:
-            step = super().logits
+        decode = decode_of(self)
+        if decode.session is None and decode.torch_reasons is None:
+            _choose(self, tokens, audio_features)
+        on_torch = super().logits
+        if decode.torch_reasons is not None:
             return on_pytorch(
-                "inference", lambda: step(tokens, audio_features), self._torch_reasons
+                "inference", lambda: on_torch(tokens, audio_features), decode.torch_reasons
             )
         begin = time.perf_counter()
         hooks = listeners.HookCalls()
@@ -90,109 +91,184 @@ class MaxInference(UpstreamInference):
         reasons: Sequence[str] | None = None
         try:
             with out_of_memory_is_unsupported():
-                logits = self._step(tokens, audio_features, hooks)
+                logits = _step(self, tokens, audio_features, hooks)
         except UnsupportedByMax as failed:
             if settings.active().mode == "strict":
                 raise
             reasons = failed.reasons
         # The exception is over: PyTorch's have no context then, and what MAX held is freed.
         if reasons is not None:
-            self.leave_to_pytorch(reasons)
-            return on_pytorch(
-                "inference",
-                lambda: self._resume(tokens, audio_features, hooks),
-                self._torch_reasons,
-            )
+            leave_to_pytorch(self, reasons)
+
+            def resume() -> Tensor:
+                if decode.tokens is not None:
+                    _fill_caches(self)  # with what MAX has decoded
+                with hooks.on_pytorch():
+                    return on_torch(tokens, audio_features)
+
+            return on_pytorch("inference", resume, reasons)
         report.record("inference", "max", time.perf_counter() - begin)
         return logits
 
     def rearrange_kv_cache(self, source_indices: list[int]) -> None:
         """Row i continues what row source_indices[i] was."""
-        if self.session is None:
+        decode = decode_of(self)
+        if decode.session is not None and not _are_rows(source_indices):
+            _ = self.kv_cache  # PyTorch may understand them, or say what is wrong
+        if decode.session is None:
             super().rearrange_kv_cache(source_indices)
         elif source_indices != list(range(len(source_indices))):
-            if self._decoded is not None:
-                self._decoded = self._decoded[source_indices]
-            if len(source_indices) == self.session.rows:
-                self.session.reorder(source_indices)
+            if decode.tokens is not None:
+                decode.tokens = decode.tokens[source_indices]
+            if len(source_indices) == decode.session.rows:
+                decode.session.reorder(source_indices)
             # With more rows or fewer the next step refuses, and PyTorch goes on.
 
     def cleanup_caching(self) -> None:
         """Ends the decode; the next one chooses its path anew."""
-        self._end()
+        _end(self)
         super().cleanup_caching()
 
-    def _end(self) -> None:
-        on_one_thread.release()
-        self.session = self._torch_reasons = None
-        self._features = self._decoded = self._listening = None
+    def __getstate__(self) -> dict:
+        """Upstream's attributes: a decode on MAX goes on in PyTorch's caches, in copies as well."""
+        caches = self.kv_cache
+        ours = ("_kv_cache", "_whisper_max")
+        state = {name: value for name, value in vars(self).items() if name not in ours}
+        return {**state, "kv_cache": caches}
 
-    def start(
-        self, tokens: Tensor, audio_features: Tensor, *, refuse_hooks: bool = False
-    ) -> None:
-        """Opens the session of this decode; raises UnsupportedByMax with the reasons against it.
+    def __setstate__(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
-        refuse_hooks : whether hooks that listen inside the decoder are such a reason
-        """
-        refuse(inference_reasons(self, tokens, audio_features))
-        self._listening = listeners.hook_points_of(self.model.decoder)
-        if refuse_hooks:
-            refuse(self._listening.reasons())
-        with out_of_memory_is_unsupported():
-            self.session = first_use.runtime().open_session(
-                self.model.decoder, audio_features, len(tokens), settings.active()
-            )
-        self._features = audio_features
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Pickles name upstream's class, and load where whisper_max is not installed."""
+        if type(self) is not MaxInference:
+            return super().__reduce_ex__(protocol)
+        name = New(MaxInference, UpstreamInference.__name__, "whisper.decoding")
+        return name, (), self.__getstate__()
 
-    def leave_to_pytorch(self, reasons: Sequence[str]) -> None:
-        """Ends the session: the rest of this decode runs on PyTorch, for these reasons."""
-        on_one_thread.release()
-        self.session = None
-        self._torch_reasons = list(reasons)
 
-    def _choose(self, tokens: Tensor, audio_features: Tensor) -> None:
-        if settings.active().mode == "shadow":
-            # The main loop is what is compared; this is PyTorch's side of it.
-            self.leave_to_pytorch(["shadow"])
-            return
-        off = activation.why_off("inference", self.model.decoder)
-        if off is not None:  # the user's own wish: mode "strict" does not object
-            self.leave_to_pytorch([off])
-            return
-        try:
-            self.start(tokens, audio_features)
-        except UnsupportedByMax as unsupported:
-            if settings.active().mode == "strict":
-                raise
-            self.leave_to_pytorch(unsupported.reasons)
+@dataclass
+class _Decode:
+    """What a `MaxInference` is doing.
 
-    def _step(self, tokens: Tensor, features: Tensor, hooks: listeners.HookCalls) -> Tensor:
-        session, decoded = self.session, self._decoded
-        for rows in (tokens, *([] if decoded is None else [decoded])):
-            if len(rows) != session.rows:
-                refuse([f"the decode began with {session.rows} rows and goes on with {len(rows)}"])
-        n_vocab = len(self.model.decoder.token_embedding.weight)
-        device = self._features.device
-        refuse(tokens_reasons(tokens, tokens.shape[-1], n_vocab, device))
-        new = tokens if tokens.shape[-1] <= self.initial_token_length else tokens[:, -1:]
-        if decoded is not None and new.shape[1] > 1:
-            # Upstream appends them all, under a mask made for the beginning of a text.
-            refuse(["a second prompt in an open decode"])
-        logits = hooks.decoder(self._listening, session, new, features)
-        self._decoded = new if decoded is None else torch.cat([decoded, new], dim=1)
-        return logits
+    session : of a decode on MAX
+    torch_reasons : of a decode on PyTorch, why it is there; at most one of these two is set
+    features : the encoded audio of a decode on MAX
+    tokens : what has been decoded there, None before the first step
+    listening : hooks that listen inside the decoder
+    """
 
-    def _resume(self, tokens: Tensor, audio_features: Tensor, hooks: listeners.HookCalls) -> Tensor:
-        """PyTorch takes over in the middle: what MAX has decoded goes into its caches first."""
-        if self._decoded is not None:
-            self._fill_caches()
-        with hooks.on_pytorch():
-            return super().logits(tokens, audio_features)
+    session: Session | None = None
+    torch_reasons: Sequence[str] | None = None
+    features: Tensor | None = None
+    tokens: Tensor | None = None
+    listening: listeners.HookPoints | None = None
 
-    def _fill_caches(self) -> None:
-        self.kv_cache, self.hooks = self.model.install_kv_cache_hooks()
-        with self._listening.silenced():  # they have heard of it
-            self.model.decoder(self._decoded, self._features, kv_cache=self.kv_cache)
+
+def decode_of(inference: MaxInference) -> _Decode:
+    """What an inference is doing."""
+    own = vars(inference)
+    if "_whisper_max" not in own:
+        own["_whisper_max"] = _Decode()
+    return own["_whisper_max"]
+
+
+def is_open(inference: MaxInference) -> bool:
+    """Whether it is in the middle of a decode on MAX."""
+    decode = decode_of(inference)
+    return decode.session is not None and decode.tokens is not None
+
+
+def start(
+    inference: MaxInference,
+    tokens: Tensor,
+    audio_features: Tensor,
+    *,
+    refuse_hooks: bool = False,
+) -> Session:
+    """Opens the session of a decode; raises UnsupportedByMax with the reasons against it.
+
+    refuse_hooks : whether hooks that listen inside the decoder are such a reason
+    """
+    refuse(inference_reasons(inference, tokens, audio_features))
+    decoder = inference.model.decoder
+    decode = decode_of(inference)
+    decode.listening = listeners.hook_points_of(decoder)
+    if refuse_hooks:
+        refuse(decode.listening.reasons())
+    with out_of_memory_is_unsupported():
+        decode.session = first_use.runtime().open_session(
+            decoder, audio_features, len(tokens), settings.active()
+        )
+    decode.features = audio_features
+    return decode.session
+
+
+def leave_to_pytorch(inference: MaxInference, reasons: Sequence[str]) -> None:
+    """Ends the session: the rest of this decode runs on PyTorch, for these reasons."""
+    on_one_thread.release()
+    decode = decode_of(inference)
+    decode.session = None
+    decode.torch_reasons = list(reasons)
+
+
+def _end(inference: MaxInference) -> None:
+    on_one_thread.release()
+    decode = decode_of(inference)
+    decode.session = decode.torch_reasons = None
+    decode.features = decode.tokens = decode.listening = None
+
+
+def _choose(inference: MaxInference, tokens: Tensor, audio_features: Tensor) -> None:
+    if settings.active().mode == "shadow":
+        # The main loop is what is compared; this is PyTorch's side of it.
+        leave_to_pytorch(inference, ["shadow"])
+        return
+    off = activation.why_off("inference", inference.model.decoder)
+    if off is not None:  # the user's own wish: mode "strict" does not object
+        leave_to_pytorch(inference, [off])
+        return
+    try:
+        start(inference, tokens, audio_features)
+    except UnsupportedByMax as unsupported:
+        if settings.active().mode == "strict":
+            raise
+        leave_to_pytorch(inference, unsupported.reasons)
+
+
+def _step(
+    inference: MaxInference, tokens: Tensor, features: Tensor, hooks: listeners.HookCalls
+) -> Tensor:
+    decode = decode_of(inference)
+    session, decoded = decode.session, decode.tokens
+    for rows in (tokens, *([] if decoded is None else [decoded])):
+        if len(rows) != session.rows:
+            refuse([f"the decode began with {session.rows} rows and goes on with {len(rows)}"])
+    decoder = inference.model.decoder
+    refuse(bypass_reasons("decoder", decoder))
+    n_vocab = len(decoder.token_embedding.weight)
+    refuse(tokens_reasons(tokens, tokens.shape[-1], n_vocab, decode.features.device))
+    new = tokens if tokens.shape[-1] <= inference.initial_token_length else tokens[:, -1:]
+    if decoded is not None and new.shape[1] > 1:
+        # Upstream appends them all, under a mask made for the beginning of a text.
+        refuse(["a second prompt in an open decode"])
+    logits = hooks.decoder(decode.listening, session, new, features)
+    decode.tokens = new if decoded is None else torch.cat([decoded, new], dim=1)
+    return logits
+
+
+def _fill_caches(inference: MaxInference) -> None:
+    """Has PyTorch decode what MAX has."""
+    decode = decode_of(inference)
+    inference.kv_cache, inference.hooks = inference.model.install_kv_cache_hooks()
+    with decode.listening.silenced():  # they have heard of it
+        inference.model.decoder(decode.tokens, decode.features, kv_cache=inference.kv_cache)
+
+
+def _are_rows(source_indices: object) -> bool:
+    """Whether these are a list of plain row numbers."""
+    return type(source_indices) is list and all(type(row) is int for row in source_indices)
 
 
 def inference_reasons(
@@ -210,6 +286,11 @@ def inference_reasons(
         reasons.append("its kv_cache was filled by somebody else")
     if has_replaced(model, "install_kv_cache_hooks", "whisper.model"):
         reasons.append("the model's install_kv_cache_hooks was replaced")
+    reasons += [
+        f"PyTorchInference.{name} was replaced"
+        for name in ("logits", "rearrange_kv_cache", "cleanup_caching")
+        if is_replaced(vars(UpstreamInference).get(name), "whisper.decoding")
+    ]
     reasons += bypass_reasons("decoder", model.decoder)
     reasons += decoder_reasons(model.decoder, tokens, audio_features)
     if not reasons:
