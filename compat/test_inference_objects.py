@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_a_subclass_with_names_of_its_own(plain, checkpoint, mel):
         class Own(decoding.PyTorchInference):
             def __init__(self, *arguments):
                 super().__init__(*arguments)
-                self.session = self.features = self.tokens = self.listening = "mine"
+                self.session = self.features = self.tokens = self._kv_cache = "mine"
 
             def start(self):
                 raise AssertionError
@@ -218,20 +219,65 @@ def test_rows_that_are_not_integers(model, rows):
         assert found is expected
 
 
-@torch.no_grad()
-def test_a_hook_put_on_the_decoder_in_the_middle(model):
-    def outcome(model):
-        inference = decoding.PyTorchInference(model, PROMPT)
-        inference.logits(TOKENS[:, :PROMPT], FEATURES)
-        handle = model.decoder.register_forward_hook(lambda module, given, found: found + 1)
-        logits = inference.logits(TOKENS[:, : PROMPT + 1], FEATURES)
-        handle.remove()
-        inference.cleanup_caching()
-        return logits
+def hook_result(decoder, heard):
+    return decoder.register_forward_hook(
+        lambda module, given, found: heard.append(given[0].tolist()) or found + 1
+    )
 
-    expected = outcome(on_pytorch(model))
+
+def hook_tokens(decoder, heard):
+    return decoder.register_forward_pre_hook(
+        lambda module, given: heard.append(given[0].tolist()) or (given[0] + 1, *given[1:])
+    )
+
+
+class Replaced:
+    """A method of this one decoder that records what it is given and adds 1, until removed."""
+
+    def __init__(self, name, decoder, heard):
+        self._decoder, self._name, original = decoder, name, getattr(decoder, name)
+
+        def changed(tokens, *given, **named):
+            heard.append(tokens.tolist())
+            return original(tokens, *given, **named) + 1
+
+        setattr(decoder, name, changed)
+
+    def remove(self):
+        delattr(self._decoder, self._name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hook_result,
+        hook_tokens,
+        functools.partial(Replaced, "forward"),
+        functools.partial(Replaced, "_call_impl"),
+    ],
+    ids=["hook", "pre-hook", "forward", "_call_impl"],
+)
+@pytest.mark.parametrize("steps", [0, 1])
+@torch.no_grad()
+def test_a_decoder_changed_in_the_middle(model, change, steps):
+    def outcome(model):
+        inference, heard = decoding.PyTorchInference(model, PROMPT), []
+        for count in range(PROMPT, PROMPT + steps):
+            inference.logits(TOKENS[:, :count], FEATURES)
+        changed = change(model.decoder, heard)
+        logits = [
+            inference.logits(TOKENS[:, :count], FEATURES)
+            for count in range(PROMPT + steps, PROMPT + steps + 2)
+        ]
+        changed.remove()
+        inference.cleanup_caching()
+        return logits, heard
+
+    expected, expected_heard = outcome(on_pytorch(model))
     with with_fallback():
-        torch.testing.assert_close(outcome(model), expected, rtol=1e-4, atol=1e-4)
+        found, heard = outcome(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert heard == expected_heard and len(heard) == 2
 
 
 class Functional:

@@ -69,7 +69,7 @@ def linear_input(dtype, x, norm):
     return F.layer_norm(x, x.shape[-1:], norm[0].to(dtype), norm[1].to(dtype))
 
 
-def words_may_be_off(x, weight):
+def int16_may_be_off(x, weight):
     """What is left of each output's exactness when rows are rounded to 16 bits.
 
     The steps of a row are as wide as its largest number wants, and GELU is nowhere steeper than
@@ -158,8 +158,54 @@ def test_linear(engine, **layer):
 
 @pytest.mark.skipif(("int8", "int8") not in PRODUCTS, reason="the CPU has no VNNI")
 @given(**{**LAYERS, "rows": st.integers(1, FEW_ROWS), "way": st.just(("int8", "int8"))})
-def test_few_rows_in_words(engine, **layer):
+def test_few_rows_in_int16(engine, **layer):
     check_linear(engine, **{**layer, "batch": 1})
+
+
+@pytest.mark.skipif(("int8", "int8") not in PRODUCTS, reason="the CPU has no VNNI")
+@pytest.mark.parametrize("rows", [1, 5, 48])
+@pytest.mark.parametrize("length", [512, 513, 1536])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_sums_of_few_rows_fit(engine, rows, length, sign):
+    """All activations and weights are as large as 16 and 8 bits can say."""
+    x = torch.full((1, rows, length), 0.5)
+    packed = torch.full((64, length), sign * 127, dtype=torch.int8)
+    found = run(
+        engine,
+        "linear_int8_int8",
+        x,
+        *(NONE_VECTOR, NONE_VECTOR),
+        panels(packed),
+        torch.ones(64),
+        torch.zeros(64),
+        NONE_MATRIX,
+        engine.threads,
+        torch.tensor(0, dtype=torch.int32),
+    )
+    torch.testing.assert_close(found, torch.full_like(found, sign * 0.5 * 127 * length))
+
+
+@pytest.mark.skipif(("int8", "int8") not in PRODUCTS, reason="the CPU has no VNNI")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [3, 60])
+def test_numbers_that_are_not_finite_stay_so_in_int8(engine, rows, value):
+    """As in float32, where PyTorch's loop is to be told of them."""
+    x = numbers((1, rows, 128), 1)
+    x[0, 1, 40] = value
+    found = run(
+        engine,
+        "linear_int8_int8",
+        x,
+        *(NONE_VECTOR, NONE_VECTOR),
+        panels(torch.ones(64, 128, dtype=torch.int8)),
+        torch.ones(64),
+        torch.zeros(64),
+        NONE_MATRIX,
+        engine.threads,
+        torch.tensor(0, dtype=torch.int32),
+    )
+    finite = found.isfinite().all(-1)[0]
+    assert finite.sum() == rows - 1 and not finite[1]
 
 
 def check_linear(engine, batch, rows, length, columns, way, norm, gelu, residual, seed, scale):
@@ -189,7 +235,7 @@ def check_linear(engine, batch, rows, length, columns, way, norm, gelu, residual
     if rows * batch <= FEW_ROWS:
         promise = PROMISED["float32"]
         if product[0] == "int8":
-            off = words_may_be_off(linear_input(torch.float64, x, ln if norm else None), weight)
+            off = int16_may_be_off(linear_input(torch.float64, x, ln if norm else None), weight)
             error = found - exact
             found = (found - error.clamp(-off, off)).float()
     assert_precise(found, linear_in(torch.float32, *arguments), exact, promise)

@@ -88,6 +88,8 @@ _SETTINGS = {
 _METHODS = frozenset({"forward", "qkv_attention", "_conv_forward"})
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 """By which `torch.nn.Module` comes to a forward."""
+_OWN = _METHODS | {"_call_impl", "_compiled_call_impl"}
+"""Of them, what is looked up on an instance."""
 _FUNCTIONS = ("linear", "conv1d", "gelu", "layer_norm", "softmax", "embedding")
 """Of torch.nn.functional, which those methods call."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -267,7 +269,7 @@ def _change(
     own = vars(child)
     if any(map(own.get, HOOKS)) and not (part.heard and only_listens(child)):
         return f"{name} has hooks"
-    changed = next((method for method in _METHODS if method in own), changed)
+    changed = next((method for method in _OWN if own.get(method) is not None), changed)
     if changed:
         return f"{name}.{changed} was replaced"
     if "parametrizations" in own["_modules"]:

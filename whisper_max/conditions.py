@@ -210,8 +210,12 @@ def bypass_reasons(name: str, module: nn.Module) -> list[str]:
     reasons = []
     if any(getattr(module, hooks, None) for hooks in HOOKS):
         reasons.append(f"the {name} has hooks")
-    if "forward" in vars(module):
-        reasons.append(f"the {name}'s forward was replaced")
+    own = vars(module)
+    reasons += [
+        f"the {name}'s {method} was replaced"
+        for method in ("forward", "_call_impl", "_compiled_call_impl")
+        if own.get(method) is not None
+    ]
     return reasons
 
 

@@ -17,11 +17,17 @@ def runtime() -> ModuleType:
 
     Raises UnsupportedByMax where MAX cannot be imported: another module may have its name.
     """
+    global _failure
+    if _failure is not None:  # once is enough: each call would try anew
+        raise UnsupportedByMax(_failure)
     try:
         with _importing:
             from .runtime import by_device
     except (ImportError, OSError) as error:
-        raise UnsupportedByMax(f"MAX cannot be imported: {error}") from error
+        if (getattr(error, "name", None) or "").startswith(__package__):  # a fault of ours
+            raise
+        _failure = f"MAX cannot be imported: {error}"
+        raise UnsupportedByMax(_failure) from error
 
     return by_device
 
@@ -31,6 +37,7 @@ def _renew_lock() -> None:
     _importing = threading.RLock()
 
 
+_failure: str | None = None
 _importing = threading.RLock()
 os.register_at_fork(
     before=lambda: _importing.acquire(),

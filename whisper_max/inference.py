@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +34,7 @@ class MaxInference(UpstreamInference):
     """One decode. The path is chosen at its first step and stays, unless MAX fails.
 
     All that is ours stands in one attribute, and in functions of this module: a subclass may have
-    names and attributes of its own.
+    names of its own.
 
     model : the model that decodes; one loaded before patch() is taken up here
     initial_token_length : tokens of the prompt, after which one is decoded at a time
@@ -54,18 +54,15 @@ class MaxInference(UpstreamInference):
         mode "strict" UnsupportedByMax is raised instead.
         """
         if is_open(self):
-            reasons = ["its kv_cache was asked for"]
-            if settings.active().mode == "strict":
-                refuse(reasons)
-            leave_to_pytorch(self, reasons)
-            _fill_caches(self)
-        return self._kv_cache
+            _hand_over(self, ["its kv_cache was asked for"])
+        return decode_of(self).caches
 
     @kv_cache.setter
     def kv_cache(self, caches: dict) -> None:
         """Other caches are another decode: the next step chooses its path anew."""
-        self._kv_cache = caches
-        if decode_of(self).session is not None:
+        decode = decode_of(self)
+        decode.caches = caches
+        if decode.session is not None:
             _end(self)
 
     def logits(self, tokens: Tensor, audio_features: Tensor) -> Tensor:
@@ -113,8 +110,8 @@ class MaxInference(UpstreamInference):
     def rearrange_kv_cache(self, source_indices: list[int]) -> None:
         """Row i continues what row source_indices[i] was."""
         decode = decode_of(self)
-        if decode.session is not None and not _are_rows(source_indices):
-            _ = self.kv_cache  # PyTorch may understand them, or say what is wrong
+        if is_open(self) and not _are_rows(source_indices):
+            _hand_over(self, ["rows change places by something else than a list of integers"])
         if decode.session is None:
             super().rearrange_kv_cache(source_indices)
         elif source_indices != list(range(len(source_indices))):
@@ -132,13 +129,14 @@ class MaxInference(UpstreamInference):
     def __getstate__(self) -> dict:
         """Upstream's attributes: a decode on MAX goes on in PyTorch's caches, in copies as well."""
         caches = self.kv_cache
-        ours = ("_kv_cache", "_whisper_max")
-        state = {name: value for name, value in vars(self).items() if name not in ours}
+        state = {name: value for name, value in vars(self).items() if name != "_whisper_max"}
         return {**state, "kv_cache": caches}
 
     def __setstate__(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        others = dict(state)
+        caches = others.pop("kv_cache")
+        vars(self).update(others)
+        self.kv_cache = caches
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Pickles name upstream's class, and load where whisper_max is not installed."""
@@ -152,6 +150,7 @@ class MaxInference(UpstreamInference):
 class _Decode:
     """What a `MaxInference` is doing.
 
+    caches : upstream's
     session : of a decode on MAX
     torch_reasons : of a decode on PyTorch, why it is there; at most one of these two is set
     features : the encoded audio of a decode on MAX
@@ -159,6 +158,7 @@ class _Decode:
     listening : hooks that listen inside the decoder
     """
 
+    caches: dict = field(default_factory=dict)
     session: Session | None = None
     torch_reasons: Sequence[str] | None = None
     features: Tensor | None = None
@@ -201,6 +201,7 @@ def start(
         decode.session = first_use.runtime().open_session(
             decoder, audio_features, len(tokens), settings.active()
         )
+    decode.torch_reasons = None
     decode.features = audio_features
     return decode.session
 
@@ -258,12 +259,21 @@ def _step(
     return logits
 
 
+def _hand_over(inference: MaxInference, reasons: Sequence[str]) -> None:
+    """PyTorch goes on with an open decode; in mode "strict" raises UnsupportedByMax."""
+    if settings.active().mode == "strict":
+        refuse(reasons)
+    leave_to_pytorch(inference, reasons)
+    _fill_caches(inference)
+
+
 def _fill_caches(inference: MaxInference) -> None:
-    """Has PyTorch decode what MAX has."""
-    decode = decode_of(inference)
+    """Has PyTorch decode what MAX has; no hook of a user's hears of it once more."""
+    decode, decoder = decode_of(inference), inference.model.decoder
     inference.kv_cache, inference.hooks = inference.model.install_kv_cache_hooks()
-    with decode.listening.silenced():  # they have heard of it
-        inference.model.decoder(decode.tokens, decode.features, kv_cache=inference.kv_cache)
+    with decode.listening.silenced():
+        forward = type(decoder).forward  # not a call: hooks on the decoder, or another forward
+        forward(decoder, decode.tokens, decode.features, kv_cache=inference.kv_cache)
 
 
 def _are_rows(source_indices: object) -> bool:
@@ -282,7 +292,7 @@ def inference_reasons(
         reasons.append(off)
     if not live_models.is_max(model.decoder):  # nor need it be a module, upstream
         return [*reasons, "the decoder is not on MAX"]
-    if inference._kv_cache:
+    if decode_of(inference).caches:
         reasons.append("its kv_cache was filled by somebody else")
     if has_replaced(model, "install_kv_cache_hooks", "whisper.model"):
         reasons.append("the model's install_kv_cache_hooks was replaced")

@@ -146,7 +146,8 @@ def equal(one: Tensor, other: Tensor) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether these are float32 numbers one after the other, as they stand in memory."""
-    return tensor.dtype is torch.float32 and tensor.is_contiguous() and not tensor.is_neg()
+    plain = tensor.dtype is torch.float32 and tensor.is_contiguous() and not tensor.is_neg()
+    return plain and tensor.data_ptr() != 0
 
 
 def array_of(tensor: Tensor) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Blocks multiplied in float32, bfloat16 or int8, and how each of them wants its operands.
 
 The instructions for half-width and 8-bit numbers add up groups of neighbours along the shared
-axis: two bfloat16 or four int8 make one 32-bit word. So the rows of the left operand stay as they
-are, and a panel of the right one holds a group of each column next to each other,
+axis: two bfloat16, two int16 or four int8 make one 32-bit word. So the rows of the left operand
+stay as they are, and a panel of the right one holds a group of each column next to each other,
 `[length / group, 32, group]`. All sums are float32 or exact int32.
 
 Matrix tiles read the same, the length filled up to whole steps with zeros; with them float32, too,
@@ -40,7 +40,7 @@ comptime SMALLEST: Float32 = 1e-30
 """Of the largest number in a quantized row, so that a row of zeros has a scale."""
 comptime INT8_ZERO = 128
 """Added to quantized activations: vpdpbusd takes the left operand without a sign."""
-comptime WORD_LARGEST = 32767
+comptime INT16_LARGEST = 32767
 """Of activations in 16 bits: their products with 8 bits of BLOCK_LENGTH inputs fit 32."""
 
 
@@ -71,7 +71,7 @@ def dot_fours(
 
 
 @always_inline
-def dot_words(
+def dot_int16(
     sums: SIMD[I32, WORDS], word: UInt32, panel: SIMD[I16, 2 * WORDS]
 ) -> SIMD[I32, WORDS]:
     """Adds the products of one pair of 16-bit integers with the pairs of 16 columns."""
@@ -125,7 +125,7 @@ def accumulate_fours[
 
 
 @always_inline
-def accumulate_words[
+def accumulate_int16[
     type: DType, //, rows: Int, ahead: Int
 ](
     mut sums: Array[SIMD[I32, WORDS], 2 * rows],
@@ -138,7 +138,7 @@ def accumulate_words[
 
     It is asked for `ahead` lines before it is read. The length is at most BLOCK_LENGTH.
     """
-    comptime assert BLOCK_LENGTH * WORD_LARGEST * 127 < 1 << 31
+    comptime assert BLOCK_LENGTH * INT16_LARGEST * 127 < 1 << 31
     var words = words_of(a)
     for pair in range(ceildiv(length, 2)):
         var k = 2 * pair
@@ -150,8 +150,8 @@ def accumulate_words[
         var right = both.slice[2 * WORDS, offset=2 * WORDS]()
         comptime for r in range(rows):
             var x = words.unsafe_offset(r * (row_stride // 2) + pair).unsafe_load()
-            sums[2 * r] = dot_words(sums[2 * r], x, left)
-            sums[2 * r + 1] = dot_words(sums[2 * r + 1], x, right)
+            sums[2 * r] = dot_int16(sums[2 * r], x, left)
+            sums[2 * r + 1] = dot_int16(sums[2 * r + 1], x, right)
 
 
 @always_inline
@@ -198,12 +198,14 @@ def quantize[type: DType](source: Floats, to: Packed[type], count: Int) -> Float
 
     type : int8, around INT8_ZERO, or int16
     """
-    comptime largest_integer: Float32 = 127 if type == I8 else WORD_LARGEST
+    comptime largest_integer: Float32 = 127 if type == I8 else INT16_LARGEST
     comptime zero: Int32 = INT8_ZERO if type == I8 else 0
-    var largest = SIMD[F32, WORDS](0)
+    # By their bits, of which those of NaN are the largest: it becomes the scale, and the results.
+    var largest = SIMD[I32, WORDS](bitcast[I32](SMALLEST))
     for i in range(0, count, WORDS):
-        largest = max(largest, abs(source.unsafe_offset(i).unsafe_load[width=WORDS]()))
-    var scale = max(largest.reduce_max(), SMALLEST) / largest_integer
+        var magnitudes = abs(source.unsafe_offset(i).unsafe_load[width=WORDS]())
+        largest = max(largest, bitcast[I32, WORDS](magnitudes))
+    var scale = bitcast[F32](largest.reduce_max()) / largest_integer
     var inverse = 1 / scale
     for i in range(0, count, WORDS):
         var x = round(source.unsafe_offset(i).unsafe_load[width=WORDS]() * inverse)
@@ -224,8 +226,10 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
 
     comptime parts = parts_of[Self.product, Self.tiles]()
     comptime stored = BF16 if Self.parts == 2 else Self.product
-    comptime at_once = SIDE if Self.tiles else tile_rows[Self.width]()
-    """Rows that are multiplied at a time."""
+    comptime at_once = (
+        SIDE if Self.tiles else 1 if Self.product == I16 else tile_rows[Self.width]()
+    )
+    """Rows that are multiplied at a time; of int16, which few rows are, as many as there are."""
     comptime step = 1 if not Self.tiles else STEP_BYTES if Self.stored == I8 else PAIRS_STEP
     """Rows and panels are filled up to a multiple of it, with zeros."""
     comptime block_length = BLOCK_LENGTH // Self.parts

@@ -16,7 +16,7 @@ from .gemm import (
 )
 from .norm import Norm
 from .phases import Phases
-from .products import I8, I16, I32, ROWS_STEP, WORDS, Panel, PackedRows, accumulate_words
+from .products import I8, I16, I32, ROWS_STEP, WORDS, Panel, PackedRows, accumulate_int16
 from .tiles import begin_tiles, end_tiles
 
 comptime FEW_ROWS = 48
@@ -97,10 +97,10 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
 
     comptime Left = PackedRows[Self.product, Self.width, Self.tiles]
     comptime Right = Panel[Self.product, Self.width, Self.tiles]
-    comptime in_words = Self.type == I8 and Self.product == I8
-    """Whether few rows are multiplied as 16-bit integers: with bytes that is exact, and takes half
-    of the instructions that float32 does."""
-    comptime Words = PackedRows[I16, Self.width, False]
+    comptime in_int16 = Self.type == I8 and Self.product == I8
+    """Whether few rows are rounded to 16 bits: their products with bytes have exact sums, and take
+    half of the instructions that float32 does."""
+    comptime Few = PackedRows[I16, Self.width, False]
 
     var output: Floats
     var x: Floats
@@ -184,18 +184,18 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
             chunk % self.panels(),
         )
 
-    def stream(self, words: Self.Words, chunk: Int, chunks: Int):
+    def stream(self, few: Self.Few, chunk: Int, chunks: Int):
         """Computes one of `chunks` parts of few rows: each panel is read from memory once.
 
-        words : the rows, where the product is `in_words`; else they have been normalized
+        few : the rows `in_int16`; else they have been normalized
         """
         for panel in range(self.panels() * chunk // chunks, self.panels() * (chunk + 1) // chunks):
             var row = 0
             comptime for tile in range(6):
                 comptime rows = (tile_rows[Self.width](), 5, 4, 3, 2, 1)[tile]
                 while row + rows <= self.rows:
-                    comptime if Self.in_words:
-                        self.stream_words[rows](words, row, panel)
+                    comptime if Self.in_int16:
+                        self.stream_int16[rows](few, row, panel)
                     else:
                         self.stream_tile[rows](row, panel)
                     row += rows
@@ -222,22 +222,22 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         self.finish(raw(sums), self.output_at(row, column), row, rows, column, True, True)
 
     @always_inline
-    def stream_words[rows: Int](self, words: Self.Words, row: Int, panel: Int):
+    def stream_int16[rows: Int](self, few: Self.Few, row: Int, panel: Int):
         """`rows` rows of 16-bit integers times one panel, widened in registers to as many."""
         var sums = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
-        for block in range(words.blocks()):
-            var begin = words.begin(block)
+        for block in range(few.blocks()):
+            var begin = few.begin(block)
             var vectors = Array[SIMD[I32, WORDS], 2 * rows](fill=SIMD[I32, WORDS](0))
-            accumulate_words[rows, AHEAD if rows > 1 else 0](
+            accumulate_int16[rows, AHEAD if rows > 1 else 0](
                 vectors,
-                Packed[I16](unsafe_from_address=Int(words.row(block, row))),
-                Self.Words.stride,
+                Packed[I16](unsafe_from_address=Int(few.row(block, row))),
+                Self.Few.stride,
                 self.weight_at(panel, begin),
-                words.begin(block + 1) - begin,
+                few.begin(block + 1) - begin,
             )
             comptime for i in range(2 * rows):
                 var at = sums.unsafe_offset(i * WORDS)
-                var scale = words.scale(block, row + i // 2).unsafe_load()
+                var scale = few.scale(block, row + i // 2).unsafe_load()
                 var sum = vectors[i].cast[F32]() * scale
                 if block > 0:
                     sum += at.unsafe_load[width=WORDS]()
@@ -404,32 +404,32 @@ def project_few[
 ](mut phases: Phases, team: Int, projection: Projection[type, width, product, tiles]):
     """A linear layer of few rows.
 
-    Every worker applies the norm and rounds to integers itself: that takes less time than to wait
-    for another's. One that comes late may read what a later phase overwrites, but finds nothing
-    left to do with it.
+    Every worker applies the norm and rounds to integers itself: for a few beams that takes less
+    time than to wait for another's. One that comes late may read what a later phase overwrites, but
+    finds nothing left to do with it.
     """
-    comptime Words = projection.Words
+    comptime Few = projection.Few
     var chunks = projection.chunks(team)
     var rows = projection.rows
     var length = projection.length
     var layer = projection
     var room: Int
-    comptime if projection.in_words:
-        room = Words.bytes(rows, length)
+    comptime if projection.in_int16:
+        room = Few.bytes(rows, length)
     else:
         room = rows * projection.norm.length * size_of[Float32]()
     var memory = unsafe_alloc[UInt8](room, alignment=64)
-    var words = Words.at(raw(memory), rows, length)
-    comptime if projection.in_words:
+    var few = Few.at(raw(memory), rows, length)
+    comptime if projection.in_int16:
         for row in range(rows):
-            words.pack(row, projection.x.unsafe_offset(row * length), projection.norm)
+            few.pack(row, projection.x.unsafe_offset(row * length), projection.norm)
     else:
         if projection.norm.length > 0:
             layer = projection.normalized(Floats(unsafe_from_address=Int(memory)))
 
     @always_inline
-    def part(chunk: Int) {var layer, var words, var chunks, imm}:
-        layer.stream(words, chunk, chunks)
+    def part(chunk: Int) {var layer, var few, var chunks, imm}:
+        layer.stream(few, chunk, chunks)
 
     phases.run(chunks, part)
     memory.unsafe_free()
