@@ -39,6 +39,15 @@ def mel():
     return whisper.log_mel_spectrogram(whisper.pad_or_trim(samples("en02")))[None]
 
 
+def assert_upstreams_loop_runs(decode, plain, checkpoint, reason: str) -> None:
+    """It gives what it gives unpatched, for this reason."""
+    expected = decode(plain)
+    with with_fallback():
+        assert_same(decode(checkpoint), expected)
+        reasons = whisper_max.status().targets["decoding_loop"].reasons
+    assert reason in reasons
+
+
 def with_more_tokens(model: Whisper, count: int) -> Whisper:
     """A copy whose vocabulary has some more tokens, which are as likely as the first ones."""
     copied = Whisper(dataclasses.replace(model.dims, n_vocab=model.dims.n_vocab + count)).eval()
@@ -63,11 +72,8 @@ def test_an_inference_of_another_model(plain, checkpoint, mel, of_task, options)
             task.decoder.inference = task.inference
         return task.run(mel)[0]
 
-    expected = decode(plain)
-    with with_fallback():
-        assert_same(decode(checkpoint), expected)
-        reasons = whisper_max.status().targets["decoding_loop"].reasons
-    assert "the inference decodes another model than the task's" in reasons
+    reason = "the inference decodes another model than the task's"
+    assert_upstreams_loop_runs(decode, plain, checkpoint, reason)
 
 
 @pytest.mark.parametrize("name", ["logits", "rearrange_kv_cache", "cleanup_caching"])
@@ -119,11 +125,8 @@ def test_an_inference_that_has_decoded_before_its_task_runs(plain, checkpoint, m
         task.inference.logits(torch.tensor([task.initial_tokens]), features)
         return task.run(features)[0]
 
-    expected = decode(plain)
-    with with_fallback():
-        assert_same(decode(checkpoint), expected)
-        reasons = whisper_max.status().targets["decoding_loop"].reasons
-    assert "the inference is in the middle of a decode" in reasons
+    reason = "the inference is in the middle of a decode"
+    assert_upstreams_loop_runs(decode, plain, checkpoint, reason)
 
 
 def test_a_subclass_with_names_of_its_own(plain, checkpoint, mel):
@@ -377,7 +380,7 @@ def test_audio_in_a_buffer_that_is_filled_again_and_grows(checkpoint, mel):
         features = checkpoint.embed_audio(mel).clone()
         for _ in range(2):
             checkpoint.decoder(torch.tensor([[1, 2]]), features)
-        features.resize_(1, 1, 1)
+        features.resize_(2, *features.shape[1:])
 
 
 def test_another_module_that_is_called_max(tmp_path):

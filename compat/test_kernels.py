@@ -61,6 +61,22 @@ def run(engine, graph, *operands):
     return to_torch(engine.execute(graph, *buffers)[0])
 
 
+def run_linear(engine, way, x, packed, factors, bias, *, norm=None, gelu=False, residual=None):
+    """The linear layer alone, of weights held and multiplied in these ways."""
+    return run(
+        engine,
+        "_".join(("linear", *way)),
+        x,
+        *(norm or (NONE_VECTOR, NONE_VECTOR)),
+        panels(packed),
+        factors,
+        bias,
+        NONE_MATRIX if residual is None else residual,
+        engine.threads,
+        torch.tensor(int(gelu), dtype=torch.int32),
+    )
+
+
 def linear_input(dtype, x, norm):
     """What a layer multiplies."""
     x = x.to(dtype)
@@ -170,18 +186,7 @@ def test_the_largest_sums_of_few_rows_fit(engine, rows, length, sign):
     """All activations and weights are as large as 16 and 8 bits can say."""
     x = torch.full((1, rows, length), 0.5)
     packed = torch.full((64, length), sign * 127, dtype=torch.int8)
-    found = run(
-        engine,
-        "linear_int8_int8",
-        x,
-        *(NONE_VECTOR, NONE_VECTOR),
-        panels(packed),
-        torch.ones(64),
-        torch.zeros(64),
-        NONE_MATRIX,
-        engine.threads,
-        torch.tensor(0, dtype=torch.int32),
-    )
+    found = run_linear(engine, ("int8", "int8"), x, packed, torch.ones(64), torch.zeros(64))
     torch.testing.assert_close(found, torch.full_like(found, sign * 0.5 * 127 * length))
 
 
@@ -192,18 +197,8 @@ def test_numbers_that_are_not_finite_stay_so_in_int8(engine, rows, value):
     """As in float32, where PyTorch's loop is to be told of them."""
     x = numbers((1, rows, 128), 1)
     x[0, 1, 40] = value
-    found = run(
-        engine,
-        "linear_int8_int8",
-        x,
-        *(NONE_VECTOR, NONE_VECTOR),
-        panels(torch.ones(64, 128, dtype=torch.int8)),
-        torch.ones(64),
-        torch.zeros(64),
-        NONE_MATRIX,
-        engine.threads,
-        torch.tensor(0, dtype=torch.int32),
-    )
+    packed = torch.ones(64, 128, dtype=torch.int8)
+    found = run_linear(engine, ("int8", "int8"), x, packed, torch.ones(64), torch.zeros(64))
     finite = found.isfinite().all(-1)[0]
     assert finite.sum() == rows - 1 and not finite[1]
 
@@ -214,28 +209,20 @@ def check_linear(engine, batch, rows, length, columns, way, norm, gelu, residual
     bias, added = numbers((columns,), seed + 2), numbers((rows, columns), seed + 3)
     ln = (1 + 0.2 * numbers((length,), seed + 4), numbers((length,), seed + 5))
     held, *product = way
-    norm = norm and length % 16 == 0
+    ln = ln if norm and length % 16 == 0 else None
+    added = added if residual else None
     packed, factors = stored(weight, getattr(torch, held))
     weight = packed.float() * (factors[:, None] if held == "int8" else 1)
-    found = run(
-        engine,
-        "_".join(("linear", *way)),
-        x,
-        *(ln if norm else (NONE_VECTOR, NONE_VECTOR)),
-        panels(packed),
-        factors,
-        bias,
-        added if residual else NONE_MATRIX,
-        engine.threads,
-        torch.tensor(int(gelu), dtype=torch.int32),
+    found = run_linear(
+        engine, way, x, packed, factors, bias, norm=ln, gelu=gelu, residual=added
     )
-    arguments = (x, weight, bias, ln if norm else None, gelu, added if residual else None)
+    arguments = (x, weight, bias, ln, gelu, added)
     exact = linear_in(torch.float64, *arguments)
     promise = PROMISED["_".join(product)]
     if rows * batch <= FEW_ROWS:
         promise = PROMISED["float32"]
         if product[0] == "int8":
-            off = int16_may_be_off(linear_input(torch.float64, x, ln if norm else None), weight)
+            off = int16_may_be_off(linear_input(torch.float64, x, ln), weight)
             error = found - exact
             found = (found - error.clamp(-off, off)).float()
     assert_precise(found, linear_in(torch.float32, *arguments), exact, promise)
@@ -244,19 +231,8 @@ def check_linear(engine, batch, rows, length, columns, way, norm, gelu, residual
 def test_gelu_everywhere(engine):
     """Through a layer that is the identity: from where it is zero to where it is the identity."""
     x = torch.linspace(-12, 12, 64 * 1000).view(1, 1000, 64)
-    found = run(
-        engine,
-        "linear_float16_float32",
-        x,
-        NONE_VECTOR,
-        NONE_VECTOR,
-        panels(torch.eye(64).half()),
-        ABSENT,
-        torch.zeros(64),
-        NONE_MATRIX,
-        engine.threads,
-        torch.tensor(1, dtype=torch.int32),
-    )
+    identity, way = torch.eye(64).half(), ("float16", "float32")
+    found = run_linear(engine, way, x, identity, ABSENT, torch.zeros(64), gelu=True)
     assert_precise(found, F.gelu(x), F.gelu(x.double()))
     # Near zero the relative error counts, too.
     near = x.abs() < 1

@@ -88,8 +88,9 @@ _SETTINGS = {
 _METHODS = frozenset({"forward", "qkv_attention", "_conv_forward"})
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 """By which `torch.nn.Module` comes to a forward."""
-_OWN = _METHODS | {"_call_impl", "_compiled_call_impl"}
-"""Of them, what is looked up on an instance."""
+CALLS_OF_ONE = ("forward", "_call_impl", "_compiled_call_impl")
+"""What `torch.nn.Module` looks up on an instance, where it may be replaced as well."""
+_METHODS_OF_ONE = _METHODS.union(CALLS_OF_ONE)
 _FUNCTIONS = ("linear", "conv1d", "gelu", "layer_norm", "softmax", "embedding")
 """Of torch.nn.functional, which those methods call."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -269,7 +270,8 @@ def _change(
     own = vars(child)
     if any(map(own.get, HOOKS)) and not (part.heard and only_listens(child)):
         return f"{name} has hooks"
-    changed = next((method for method in _OWN if own.get(method) is not None), changed)
+    replaced = (method for method in _METHODS_OF_ONE if own.get(method) is not None)
+    changed = next(replaced, changed)
     if changed:
         return f"{name}.{changed} was replaced"
     if "parametrizations" in own["_modules"]:

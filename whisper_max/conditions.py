@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from .changed_parts import HOOKS
+from .changed_parts import CALLS_OF_ONE, HOOKS
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +213,7 @@ def bypass_reasons(name: str, module: nn.Module) -> list[str]:
     own = vars(module)
     reasons += [
         f"the {name}'s {method} was replaced"
-        for method in ("forward", "_call_impl", "_compiled_call_impl")
+        for method in CALLS_OF_ONE
         if own.get(method) is not None
     ]
     return reasons

@@ -23,7 +23,6 @@ from .activation import originals
 from .changed_parts import function_changes, has_replaced
 from .conditions import UnsupportedByMax
 from .dispatch import out_of_memory_is_unsupported, refuse, run
-from .inference import MaxInference
 from .on_one_thread import only_this_thread
 from .selection import Rules, foreign_filters, in_stock_order
 
@@ -263,13 +262,13 @@ def _reasons(task: DecodingTask, tokens: Tensor) -> list[str]:
     decoder = task.decoder
     if type(task) is not DecodingTask:
         reasons.append(f"the task is a {type(task).__qualname__}, not upstream's DecodingTask")
-    if type(task.inference) is not MaxInference:
+    if type(task.inference) is not inference.MaxInference:
         reasons.append(f"the inference is a {type(task.inference).__qualname__}")
     else:
         reasons += [
             f"the inference's {name} was replaced"
-            for name in ("logits", "rearrange_kv_cache", "cleanup_caching")
-            if has_replaced(task.inference, name, MaxInference.__module__)
+            for name in inference.METHODS
+            if has_replaced(task.inference, name, inference.__name__)
         ]
         if inference.is_open(task.inference):
             reasons.append("the inference is in the middle of a decode")

@@ -30,6 +30,10 @@ UpstreamInference: type[PyTorchInference] = originals.get(
 )
 
 
+METHODS = ("logits", "rearrange_kv_cache", "cleanup_caching")
+"""What a decode calls of an inference."""
+
+
 class MaxInference(UpstreamInference):
     """One decode. The path is chosen at its first step and stays, unless MAX fails.
 
@@ -298,7 +302,7 @@ def inference_reasons(
         reasons.append("the model's install_kv_cache_hooks was replaced")
     reasons += [
         f"PyTorchInference.{name} was replaced"
-        for name in ("logits", "rearrange_kv_cache", "cleanup_caching")
+        for name in METHODS
         if is_replaced(vars(UpstreamInference).get(name), "whisper.decoding")
     ]
     reasons += bypass_reasons("decoder", model.decoder)

@@ -194,17 +194,25 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
             comptime for tile in range(6):
                 comptime rows = (tile_rows[Self.width](), 5, 4, 3, 2, 1)[tile]
                 while row + rows <= self.rows:
-                    comptime if Self.in_int16:
-                        self.stream_int16[rows](few, row, panel)
-                    else:
-                        self.stream_tile[rows](row, panel)
+                    self.stream_tile[rows](few, row, panel)
                     row += rows
 
     @always_inline
-    def stream_tile[rows: Int](self, row: Int, panel: Int):
-        """`rows` rows times one panel, widened in registers."""
+    def stream_tile[rows: Int](self, few: Self.Few, row: Int, panel: Int):
+        """`rows` rows times one panel."""
+        var memory = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
+        var sums = raw(memory)
+        comptime if Self.in_int16:
+            self.multiply_int16[rows](few, row, panel, sums)
+        else:
+            self.multiply_floats[rows](row, panel, sums)
+        var column = panel * PANEL
+        self.finish(sums, self.output_at(row, column), row, rows, column, True, True)
+
+    @always_inline
+    def multiply_floats[rows: Int](self, row: Int, panel: Int, sums: Floats):
+        """The sums of `rows` rows with one panel, widened in registers, `[rows, 32]`."""
         var a = self.x.unsafe_offset(row * self.length)
-        var sums = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
         comptime for part in range(PANEL // (2 * Self.width)):
             var vectors = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
             accumulate[rows, Self.width, AHEAD if rows > 1 else 0](
@@ -218,13 +226,10 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                 sums.unsafe_offset(
                     (i // 2) * PANEL + (2 * part + i % 2) * Self.width
                 ).unsafe_store(vectors[i])
-        var column = panel * PANEL
-        self.finish(raw(sums), self.output_at(row, column), row, rows, column, True, True)
 
     @always_inline
-    def stream_int16[rows: Int](self, few: Self.Few, row: Int, panel: Int):
-        """`rows` rows of 16-bit integers times one panel, widened in registers to as many."""
-        var sums = unsafe_stack_allocation[rows * PANEL, Float32, alignment=64]()
+    def multiply_int16[rows: Int](self, few: Self.Few, row: Int, panel: Int, sums: Floats):
+        """The same of rows of 16-bit integers, the panel widened to as many bits."""
         for block in range(few.blocks()):
             var begin = few.begin(block)
             var vectors = Array[SIMD[I32, WORDS], 2 * rows](fill=SIMD[I32, WORDS](0))
@@ -242,8 +247,6 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
                 if block > 0:
                     sum += at.unsafe_load[width=WORDS]()
                 at.unsafe_store(sum)
-        var column = panel * PANEL
-        self.finish(raw(sums), self.output_at(row, column), row, rows, column, True, True)
 
     @always_inline
     def weight_at(self, panel: Int, line: Int) -> Packed[Self.type]:
