@@ -18,7 +18,7 @@ from . import machine
 from .accuracy import measure_accuracy
 from .first_run import measure_first_run
 from .fresh_starts import first_window, measure_starts
-from .models import TRAINED, Model
+from .models import TRAINED, WITH_WORDS, Model
 from .overhead import measure_overhead
 from .party import Party
 from .peers import BASELINE, PEERS, Entry
@@ -67,17 +67,14 @@ class Plan:
 
     def sized(self) -> list[Scenario]:
         """The scenarios with random weights."""
-        return self._chosen(trained=False)
+        return self.of_model(None)
 
-    def trained(self) -> list[Scenario]:
-        """The scenarios with the bundled trained model."""
-        return self._chosen(trained=True)
-
-    def _chosen(self, trained: bool) -> list[Scenario]:
+    def of_model(self, model: str | None) -> list[Scenario]:
+        """The scenarios with a model that transcribes; those of None have random weights."""
         return [
             shortened(scenario, self.repeats, self.quick)
             for scenario in SCENARIOS
-            if scenario.name in self.scenarios and scenario.trained is trained
+            if scenario.name in self.scenarios and scenario.model == model
         ]
 
 
@@ -120,7 +117,8 @@ def _parts(
     for model in plan.models:
         results.models[model] = Model(model, plan.work).dimensions()
         yield _measure_sized(plan, model, present, results, say)
-    yield _measure_trained(plan, present, results, say)
+    for model in WITH_WORDS:
+        yield _measure_with_words(plan, model, present, results, say)
     if "threads" in plan.scenarios:
         results.thread_scaling = _scaling(plan, present, say)
         yield
@@ -158,17 +156,18 @@ def _measure_sized(
         )
 
 
-def _measure_trained(
-    plan: Plan, present: list[Entry], results: Results, say: Callable[[str], None]
+def _measure_with_words(
+    plan: Plan, model: str, present: list[Entry], results: Results, say: Callable[[str], None]
 ) -> None:
-    if not plan.trained() and "accuracy" not in plan.scenarios:
+    scenarios = plan.of_model(model)
+    if not scenarios and "accuracy" not in plan.scenarios:
         return
     members = [(entry, results.threads) for entry in present if not entry.compiles_long]
-    with Party(members, TRAINED, plan.work, say) as party:
+    with Party(members, model, plan.work, say) as party:
         if "accuracy" in plan.scenarios:
-            say("word error rates")
-            results.accuracy = measure_accuracy(party, QUICK_RECORDINGS if plan.quick else None)
-        for scenario in plan.trained():
+            say(f"word error rates, {model}")
+            results.accuracy += measure_accuracy(party, QUICK_RECORDINGS if plan.quick else None)
+        for scenario in scenarios:
             results.measurements += party.measure(scenario)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .places import RECORDINGS
-from .scenarios import LONG_SPEECH
+from .scenarios import LONG_SPEECH, SHORTER_SPEECH
 
 SAMPLE_RATE = 16000
 WINDOW = 30 * SAMPLE_RATE
@@ -105,6 +105,7 @@ def recordings(bundled: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         "clip": bundled[_CLIP],
         "silence": bundled[_SILENCE],
         "speech": np.resize(np.concatenate(spoken), LONG_SPEECH * SAMPLE_RATE),
+        "shorter_speech": np.resize(np.concatenate(spoken), SHORTER_SPEECH * SAMPLE_RATE),
         "short_speech": np.resize(np.concatenate(spoken), SHORT_SPEECH * SAMPLE_RATE),
     }
 

@@ -10,6 +10,15 @@ from whisper_max.dimensions_of import OFFICIAL, dimensions_of
 from .places import BUNDLED_CHECKPOINT
 
 TRAINED = "micro"
+"""The bundled checkpoint."""
+
+GROWN = "grown-base"
+"""The bundled checkpoint, grown to the dimensions of base: see `grown`."""
+
+GROWN_SIZE = "base"
+WITH_WORDS = (TRAINED, GROWN)
+"""Models that transcribe; the others have random weights."""
+
 SIZES = ("tiny", "base", "small", "medium", "large-v2")
 """With random weights. All have the vocabulary that the tokens in `inputs` are of."""
 
@@ -18,7 +27,7 @@ SIZES = ("tiny", "base", "small", "medium", "large-v2")
 class Model:
     """One model in every form that a peer reads.
 
-    name : of `SIZES`, or "micro" for the bundled trained checkpoint
+    name : of `SIZES` or `WITH_WORDS`
     work : the folder of weights and conversions
     """
 

@@ -9,7 +9,7 @@ import whisper_max
 
 from . import inputs, weights
 from .inputs import Inputs
-from .models import TRAINED, Model
+from .models import WITH_WORDS, Model
 from .peers import Entry
 from .worker_process import PeerFailed, WorkerProcess
 
@@ -23,13 +23,13 @@ def prepare(
 ) -> None:
     """Makes what is missing.
 
-    models : sizes; the trained model is prepared in any case
+    models : sizes; those that transcribe are prepared in any case
     entries : the peers that take part
     work : folder for all but whisper_max's graphs, which go into its own cache
     say : is told what is being made
     """
     sized = [Model(name, work) for name in models]
-    for model in (*sized, Model(TRAINED, work)):
+    for model in (*sized, *(Model(name, work) for name in WITH_WORDS)):
         inputs.prepare(Inputs(work), model.n_mels, say)
         weights.prepare(model, say)
     for entry in entries:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .models import TRAINED
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -20,7 +22,7 @@ NOT_OFFERED = "not offered"
 class Measurement:
     """One peer in one scenario.
 
-    model : a size of `models.SIZES` with random weights, or the bundled trained model
+    model : of `models.SIZES`, with random weights, or of `models.WITH_WORDS`
     samples : seconds, one for each round; those of peers of one scenario pair up
     audio_seconds : of the audio that one sample is the time of, 0 for a part of a window's work
     tokens : how many one run produced, 0 where none are chosen
@@ -77,7 +79,7 @@ class Overhead:
 
 @dataclass
 class Accuracy:
-    """One peer on the bundled recordings.
+    """One peer and model on the bundled recordings.
 
     word_errors : word error rate over all references, which have so many `words`
     identical : recordings with the tokens of unpatched openai-whisper, of `recordings`
@@ -90,6 +92,7 @@ class Accuracy:
     recordings: int = 0
     words: int = 0
     missing: str = ""
+    model: str = TRAINED
 
 
 @dataclass

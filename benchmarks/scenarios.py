@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from .models import GROWN, TRAINED
+
 FORCED_TOKENS = 100
 LONG_SPEECH = 600
 """Seconds of the long recording: the bundled ones, repeated."""
+
+SHORTER_SPEECH = 120
+"""Seconds of what the grown model transcribes, which takes longer."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Scenario:
     operation : the method of `peers.interface.Peer` that prepares it
     arguments : of that method
     warm_up : arguments that differ in the first runs, which are not measured; None for no such runs
-    trained : with the bundled trained checkpoint; otherwise with random weights of each size
+    model : the one of `models.WITH_WORDS` that transcribes; None for random weights of each size
     rounds : how many times each peer takes its turn
     seconds : no further round starts after this long, once there were three
     """
@@ -28,7 +33,7 @@ class Scenario:
     operation: str
     arguments: Mapping[str, object] = field(default_factory=dict)
     warm_up: Mapping[str, object] | None = field(default_factory=dict)
-    trained: bool = False
+    model: str | None = None
     rounds: int = 10
     seconds: float = 30.0
 
@@ -49,13 +54,17 @@ def _window(name: str, title: str, beams: int, words: bool, seconds: float) -> S
 
 
 def _speech(
-    name: str, title: str, audio: str, words: bool = False, retries: bool = True, **limits: float
+    name: str, title: str, model: str, audio: str, words: bool = False, **limits: float
 ) -> Scenario:
+    # Without retries at higher temperatures: how many there are is chance, and each engine's own.
+    retries = audio in ("clip", "silence")
     arguments = {"audio": audio, "beams": 1, "words": words, "retries": retries}
     return Scenario(
-        name, title, "speech", arguments, warm_up={"audio": "clip"}, trained=True, **limits
+        name, title, "speech", arguments, warm_up={"audio": "clip"}, model=model, **limits
     )
 
+
+_FEW = {"rounds": 5, "seconds": 20.0}
 
 SCENARIOS = (
     _part("encoder", "encoder, 30 s window", "encoder"),
@@ -65,34 +74,23 @@ SCENARIOS = (
     _window("window", f"30 s window, {FORCED_TOKENS} tokens, greedy", 1, False, 20.0),
     _window("window_beam5", f"30 s window, {FORCED_TOKENS} tokens, beam 5", 5, False, 20.0),
     _window("window_words", f"30 s window, {FORCED_TOKENS} tokens, word times", 1, True, 15.0),
-    _speech("clip", "a clip of 3 s, end to end", "clip", seconds=10.0),
-    _speech("silence", "8 s of silence, end to end", "silence", seconds=10.0),
+    _speech("clip", "a clip of 3 s, end to end", TRAINED, "clip", seconds=10.0),
+    _speech("silence", "8 s of silence, end to end", TRAINED, "silence", seconds=10.0),
     Scenario(
         "recordings",
         "the bundled recordings, one by one",
         "recordings",
         {"beams": 1},
-        trained=True,
+        model=TRAINED,
         rounds=5,
         seconds=20.0,
     ),
-    # Without retries at higher temperatures: how many there are is chance, and each engine's own.
+    _speech("speech", "10 minutes of speech, end to end", TRAINED, "speech", **_FEW),
+    _speech("speech_words", "10 minutes of speech, word times", TRAINED, "speech", True, **_FEW),
+    _speech("grown_clip", "a clip of 3 s, end to end", GROWN, "clip", seconds=10.0),
+    _speech("grown_speech", "2 minutes of speech, end to end", GROWN, "shorter_speech", **_FEW),
     _speech(
-        "speech",
-        "10 minutes of speech, end to end",
-        "speech",
-        retries=False,
-        rounds=5,
-        seconds=20.0,
-    ),
-    _speech(
-        "speech_words",
-        "10 minutes of speech, word times",
-        "speech",
-        words=True,
-        retries=False,
-        rounds=5,
-        seconds=20.0,
+        "grown_words", "2 minutes of speech, word times", GROWN, "shorter_speech", True, **_FEW
     ),
 )
 SCENARIO = MappingProxyType({scenario.name: scenario for scenario in SCENARIOS})
@@ -117,7 +115,7 @@ def shortened(scenario: Scenario, repeats: int | None, quick: bool) -> Scenario:
         arguments = dict(scenario.arguments)
         if "tokens" in arguments:
             arguments["tokens"] = 8
-        if arguments.get("audio") == "speech":
+        if "speech" in arguments.get("audio", ""):
             arguments["audio"] = "short_speech"
         scenario = replace(scenario, arguments=arguments, rounds=2, seconds=0.0)
     return scenario if repeats is None else replace(scenario, rounds=repeats)

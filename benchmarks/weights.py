@@ -1,4 +1,4 @@
-"""Weights, made once: random ones of the real sizes, and the conversions for each peer.
+"""Weights, made once: random ones of the real sizes, grown ones, the conversions for each peer.
 
 Official checkpoints hold float16 numbers, which openai-whisper widens to float32. The random ones
 do too, so that every peer gets the same numbers.
@@ -14,7 +14,11 @@ from pathlib import Path
 import torch
 from whisper.model import ModelDimensions, Whisper
 
-from .models import Model
+from whisper_max.dimensions_of import dimensions_of
+
+from .grown import grow
+from .models import GROWN, GROWN_SIZE, Model
+from .places import BUNDLED_CHECKPOINT
 
 SEED = 2022
 
@@ -25,8 +29,12 @@ def prepare(model: Model, say: Callable[[str], None]) -> None:
     say : is told what is being made
     """
     if not model.checkpoint.exists():
-        say(f"making random weights of the size of {model.name}")
-        _complete(model.checkpoint, lambda path: save_random(model, path))
+        if model.name == GROWN:
+            say(f"growing the bundled checkpoint to the size of {GROWN_SIZE}")
+            _complete(model.checkpoint, save_grown)
+        else:
+            say(f"making random weights of the size of {model.name}")
+            _complete(model.checkpoint, lambda path: save_random(model, path))
     if importlib.util.find_spec("transformers") is None:
         return
     from . import conversion
@@ -43,6 +51,14 @@ def save_random(model: Model, path: Path) -> None:
     """Writes a checkpoint in openai-whisper's format, the same at every call."""
     dims = model.dimensions()
     torch.save({"dims": dims, "model_state_dict": random_state(dims)}, path)
+
+
+def save_grown(path: Path, size: str = GROWN_SIZE) -> None:
+    """Writes a checkpoint that transcribes, of a real size, the same at every call."""
+    small = torch.load(BUNDLED_CHECKPOINT, map_location="cpu", weights_only=True)
+    dims = dict(dimensions_of(size))
+    state = grow(small["dims"], small["model_state_dict"], dims)
+    torch.save({"dims": dims, "model_state_dict": state}, path)
 
 
 def random_state(dims: Mapping[str, int]) -> dict[str, torch.Tensor]:

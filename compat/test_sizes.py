@@ -9,18 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 import whisper
 from whisper.model import Whisper
 
-from benchmarks.grown import grow
 from benchmarks.inputs import references
+from benchmarks.weights import save_grown
 from benchmarks.word_errors import word_error_rate
 from harness import compile_all, load_checkpoint, on_max
 from recordings import LONG, assert_same_result, samples
 from tolerances import REDUCED, WORD_ERROR_RATE
-from whisper_max import demo
-from whisper_max.dimensions_of import dimensions_of
 
 SIZES = ("tiny", "base", "small", "medium", "large-v2", "large-v3", "turbo")
 QUICK = SIZES[:1]
@@ -61,12 +58,8 @@ class Grown:
     ],
 )
 def grown(request, tmp_path_factory) -> Iterator[Grown]:
-    small = torch.load(demo.CHECKPOINT, map_location="cpu", weights_only=True)
-    dims = dict(dimensions_of(request.param))
-    state = grow(small["dims"], small["model_state_dict"], dims)
     path = tmp_path_factory.mktemp(request.param) / "grown.pt"
-    torch.save({"dims": dims, "model_state_dict": state}, path)
-    del state
+    save_grown(path, request.param)
     found = Grown(request.param, whisper.load_model(str(path), device="cpu"))
     path.unlink()  # gigabytes
     found.expected = found.transcriptions()

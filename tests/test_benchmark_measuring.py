@@ -8,13 +8,16 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import accuracy, machine, work
+from benchmarks.inputs import recordings, references
 from benchmarks.interleaving import FEWEST_ROUNDS, interleave
 from benchmarks.merging import merged, why_apart
+from benchmarks.models import WITH_WORDS
 from benchmarks.overhead import measure_overhead
 from benchmarks.party import Party, fill, same_result
 from benchmarks.peers import PEER
@@ -221,7 +224,16 @@ def test_quick_scenarios_are_shorter_and_repeats_are_as_told():
     assert quick.forced_tokens < FORCED_TOKENS and quick.rounds < 3
     assert shortened(SCENARIO["window"], 7, quick=False).rounds == 7
     assert shortened(SCENARIO["window"], None, quick=False) == SCENARIO["window"]
+    spoken = shortened(SCENARIO["grown_speech"], None, quick=True)
+    assert spoken.arguments["audio"] == "short_speech"
     assert len(set(NAMES)) == len(NAMES)
+
+
+def test_what_a_scenario_with_a_model_transcribes_is_prepared():
+    made = recordings({name: np.zeros(1, np.float32) for name in references()})
+    spoken = [scenario for scenario in SCENARIO.values() if scenario.operation == "speech"]
+    assert {scenario.arguments["audio"] for scenario in spoken} < set(made)
+    assert {scenario.model for scenario in spoken} == set(WITH_WORDS)
 
 
 def test_machine_names_are_file_names():

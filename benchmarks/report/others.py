@@ -58,15 +58,18 @@ def overhead_table(results: Results) -> list[str]:
             measured = one is not None and one.samples
             row.append(duration(summarize(one.samples).median) if measured else NONE)
         rows.append(row)
-    header = ["greedy" if beams == 1 else f"beam {beams}" for beams in counts]
-    return table(["", *header], rows)
+    return table(["", *map(_way, counts)], rows)
+
+
+def _way(beams: int) -> str:
+    return "greedy" if beams == 1 else f"beam {beams}"
 
 
 def accuracy_table(results: Results) -> list[str]:
     """Word error rates and identical recordings."""
     rows = []
     for one in results.accuracy:
-        row = [PEER[one.peer].label, "greedy" if one.beams == 1 else f"beam {one.beams}"]
+        row = [f"{PEER[one.peer].label}, {one.model}", _way(one.beams)]
         if one.missing:
             row += [one.missing.partition(":")[0], NONE, NONE]
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..machine import BUSY, WARNING
-from ..models import TRAINED
+from ..models import GROWN, GROWN_SIZE, TRAINED
 from ..peers import PEER
 from ..results import Results
 from ..scenarios import FORCED_TOKENS
@@ -21,11 +21,13 @@ HEAD = """\
 anew; `make bench BENCH_FLAGS=--help` tells how to measure a part, or other sizes, which leaves both
 as they are. Every peer runs in a process of its own, with the
 same number of threads and the same weights: random ones of the real sizes, rounded to float16 as
-those of official checkpoints are, or the bundled trained checkpoint. Peers take turns
+those of official checkpoints are, or those of two models that transcribe: `micro`, the bundled
+trained checkpoint, of width 128, and `grown-base`, which is `micro` grown to the dimensions of base
+([how](../benchmarks/grown.py)): it hears what `micro` hears, at the cost of base. Peers take turns
 (A B C, A B C, …), so that a slow minute falls on all of them. A time is the median of the rounds,
 with the interquartile range (IQR); a speed-up is the median of the ratios within each round.
 With random weights every engine decodes the same forced number of tokens, which is verified; with
-the trained checkpoint, whatever it recognizes.
+the two others, whatever it recognizes.
 """
 
 AHEAD_NOTE = (
@@ -47,14 +49,19 @@ STEP_NOTE = (
     "tokens and fewer, and include the choice of tokens. Of the others a step is timed through "
     "PyTorchInference.logits, as loops other than upstream's call it; whisper_max's transcribe "
     "takes a shorter way, so that a token of a window costs less. Speech is the bundled "
-    "recordings, which are synthetic, one by one or joined to 10 minutes; these are transcribed "
-    "at temperature 0, without retries. Loading the model and reading the file are not "
+    "recordings, which are synthetic, one by one or joined to 2 or 10 minutes; these are "
+    "transcribed at temperature 0, without retries. Loading the model and reading the file are not "
     "included. Of OpenVINO the encoder was measured only, converted from openai-whisper's: not "
     "the decoding of OpenVINO GenAI. whisper.cpp was not measured. A result is as "
     "openai-whisper's where tokens are the same, and words and their times within 0.02 s."
 )
 
 SCALING_NOTE = "Measured apart, 1 thread and more in turns: these times compare with each other."
+
+_NAMED = {
+    TRAINED: "micro, the bundled trained model",
+    GROWN: f"{GROWN}: micro, grown to the size of {GROWN_SIZE}",
+}
 
 _FACTS = {
     "cpu_kind": "cpu family",
@@ -94,7 +101,7 @@ def section(machine: str, results: Results) -> str:
         lines += ["### Outside of MAX", "", OVERHEAD_NOTE, ""]
         lines += others.overhead_table(results)
     if results.accuracy:
-        lines += ["### Word errors", "", "The bundled recordings and checkpoint.", ""]
+        lines += ["### Word errors", "", "In the bundled recordings.", ""]
         lines += others.accuracy_table(results)
     if results.thread_scaling:
         lines += ["### Threads", "", SCALING_NOTE, "", *others.scaling_table(results)]
@@ -135,7 +142,7 @@ def _speed_lines(machine: str, results: Results) -> list[str]:
     lines = ["### How many times faster than unpatched openai-whisper", ""]
     lines += [_image(machine, "speed-up", "speed-up per scenario and peer"), ""]
     for model in models_of(results):
-        named = "the bundled trained model" if model == TRAINED else f"{model}, random weights"
+        named = _NAMED.get(model, f"{model}, random weights")
         lines += [f"**{named}**", "", *speed_up_table(results, model)]
     ahead = list(ahead_of_us(results))
     lines += ["### Where another engine is faster", "", AHEAD_NOTE, ""]

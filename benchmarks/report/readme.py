@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..models import TRAINED
+from ..models import GROWN, GROWN_SIZE, WITH_WORDS
 from ..peers import BASELINE, OURS, PEER
 from ..results import Results
 from ..samples import summarize
@@ -11,7 +11,8 @@ from .speed import groups, models_of, speed_ups, title_of
 
 BEGIN = "<!-- figures -->"
 END = "<!-- /figures -->"
-SCENARIOS = ("encoder", "step", "window", "window_beam5", "window_words", "speech")
+SCENARIOS = ("encoder", "step", "window", "window_beam5", "window_words")
+SCENARIOS += ("grown_clip", "grown_speech", "grown_words")
 PRECISIONS = ("high", "medium", "int8")
 
 
@@ -21,8 +22,8 @@ def block(by_machine: dict[str, Results]) -> str:
         return "Not measured yet: `make bench` writes the figures here."
     results = max(by_machine.values(), key=lambda one: one.measured)
     measured = [model for name, model in groups(results) if name in SCENARIOS]
-    sized = [model for model in reversed(models_of(results)) if model != TRAINED]
-    shown = (max(sized, key=measured.count, default=None), TRAINED)
+    sized = [model for model in reversed(models_of(results)) if model not in WITH_WORDS]
+    shown = (max(sized, key=measured.count, default=None), GROWN)
     ours = [f"{OURS}-{precision}" for precision in PRECISIONS]
     rows = []
     for group in groups(results):
@@ -64,10 +65,9 @@ def _legend(results: Results, model: str | None) -> str:
     return (
         f"First column: time of unpatched openai-whisper, in float32. Others: speed-up over it. "
         f"{cpu}, {threads} threads, {results.measured[:10]}. Model sizes are real, weights random; "
-        f"{TRAINED} is the bundled trained model, of width 128, which transcribes synthetic speech "
-        "without retries at higher temperatures; loading the model and reading the file are not "
-        "included. The encoder in medium and int8 needs AVX512-BF16 and AVX512-VNNI for this. "
-        f"A decoder step makes one token.{memory} whisper.cpp was not measured, nor "
-        "OpenVINO's decoding. "
+        f"{GROWN} has the size of {GROWN_SIZE} and understands synthetic speech; loading the model "
+        "and reading the file are not included. The encoder in medium and int8 needs AVX512-BF16 "
+        f"and AVX512-VNNI for this. A decoder step makes one token.{memory} whisper.cpp was not "
+        "measured, nor OpenVINO's decoding. "
         "[All figures, and how they were measured](docs/benchmarks.md)"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..models import TRAINED
+from ..models import WITH_WORDS
 from ..peers import BASELINE, OURS, PEER
 from ..results import NOT_OFFERED, Measurement, Results
 from ..samples import Summary, speed_up, summarize
@@ -24,7 +24,7 @@ Group = tuple[str, str]
 def groups(results: Results) -> list[Group]:
     """Everything that was measured, model by model, in the order of the scenarios."""
     models = dict.fromkeys(one.model for one in results.measurements)
-    models = sorted(models, key=lambda model: model == TRAINED)  # which may come before an addition
+    models = sorted(models, key=lambda model: model in WITH_WORDS)  # others may be additions
     return [
         (scenario.name, model)
         for model in models
@@ -34,7 +34,7 @@ def groups(results: Results) -> list[Group]:
 
 
 def models_of(results: Results) -> list[str]:
-    """Models in the order in which they were measured, the trained one last."""
+    """Models in the order in which they were measured, those that transcribe last."""
     return list(dict.fromkeys(model for _, model in groups(results)))
 
 
