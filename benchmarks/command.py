@@ -15,7 +15,6 @@ FAILED, REFUSED = 1, 2  # exit codes
 
 NO_GPU = "PyTorch finds no NVIDIA GPU. For graphs of GPUs that need not be there: gpu-compile."
 GPU_MODELS = ("base", "turbo", "large-v3")
-ON_GPUS = ("large-v3", "turbo")  # too large for the other benchmarks
 GPU_ARCHITECTURES = ("sm_80", "sm_90a")
 GPU_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -49,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     if stray := sorted(given - TAKES[options.command] - {"command"}):
         parser.error(f"{options.command} takes no --{', --'.join(stray)}")
-    beyond = set(options.models or ()) - set(models.SIZES)
-    if beyond and options.command == "measure":
-        parser.error(f"{', '.join(sorted(beyond))}: only for gpu and gpu-compile")
+    if options.add and peers.BASELINE not in options.peers:
+        parser.error(f"--add is for what is measured in turns with {peers.BASELINE}")
     if options.command == "gpu-compile":
         return _gpu_compile(options)
     if options.command == "gpu":
@@ -82,8 +80,8 @@ def _measure(options: argparse.Namespace) -> int:
         present, _ = campaign.attendance(plan.entries())
         preparation.prepare(plan.models, present, plan.threads, plan.work, _say)
         return 0
-    publish = not options.quick and set(options.peers) == set(peers.PEER)
-    publish = publish and (options.add or set(options.scenarios) == set(scenarios.NAMES))
+    whole = set(options.scenarios) == set(scenarios.NAMES) and set(options.peers) == set(peers.PEER)
+    publish = not options.quick and (whole or options.add)
     destination = places.PUBLISHED if publish else places.trial(options.work)
     results = campaign.begin(plan)
     path = destination.results / f"{options.machine or machine.name_of(results.machine)}.json"
@@ -164,11 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--models",
-        type=_names_of((*models.SIZES, *ON_GPUS)),
+        type=_names_of(models.SIZES),
         metavar="A,B",
         help=f"sizes with random weights, of {', '.join(models.SIZES)} (default: "
-        f"{','.join(DEFAULT_MODELS)}); on a GPU also {', '.join(ON_GPUS)} (default: "
-        f"{','.join(GPU_MODELS)})",
+        f"{','.join(DEFAULT_MODELS)}; on a GPU {','.join(GPU_MODELS)})",
     )
     parser.add_argument(
         "--peers",
@@ -190,8 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--add",
         action="store_true",
-        help="publish some scenarios: put them into the results that are there, which must be of "
-        "the same machine and versions",
+        help="publish some scenarios, models or peers: put them into the results that are there, "
+        "which must be of the same machine and versions. What was measured in turns is replaced "
+        f"together, so {peers.BASELINE} must be among the peers",
     )
     parser.add_argument(
         "--architectures",

@@ -37,7 +37,7 @@ _NAMES = (
 def to_transformers(model: Model, folder: Path) -> None:
     """Writes model, tokenizer and feature extractor into the folder."""
     checkpoint = torch.load(model.checkpoint, map_location="cpu", weights_only=True)
-    tokenizer = get_tokenizer(multilingual=True, num_languages=99)
+    tokenizer = get_tokenizer(multilingual=True, num_languages=model.languages)
     converted = transformers.WhisperForConditionalGeneration(
         _configuration(checkpoint["dims"], tokenizer)
     )

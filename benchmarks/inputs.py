@@ -23,11 +23,12 @@ DELAY = SAMPLE_RATE // 50
 
 SHORT_SPEECH = 40  # seconds, for quick runs
 
-# Of the multilingual vocabulary of 51,865 tokens.
+# Of the multilingual vocabularies. Behind the languages, from _ENGLISH on, comes the task.
 LANGUAGE = "en"
 END_OF_TEXT = 50257
-_START, _ENGLISH, _TRANSCRIBE, _PREVIOUS, _NO_TIMESTAMPS = 50258, 50259, 50359, 50361, 50363
-PROMPT = (_START, _ENGLISH, _TRANSCRIBE, _NO_TIMESTAMPS)
+_START, _ENGLISH = 50258, 50259
+_TRANSCRIBE, _PREVIOUS, _NO_TIMESTAMPS = 1, 3, 5  # tokens behind the last language
+PROMPT_TOKENS = 4
 _TOKENS_IN = 100
 
 FIRST_RUN = ("en02", "en03", "en04", "en05", "en06")
@@ -47,16 +48,19 @@ class Inputs:
         """Of all inputs."""
         return self.work / "inputs"
 
-    @property
-    def prompt(self) -> list[int]:
-        """The tokens that a window without a past begins with."""
-        return list(PROMPT)
+    def prompt(self, languages: int) -> list[int]:
+        """The tokens that a window without a past begins with.
 
-    @property
-    def history(self) -> list[int]:
+        languages : how many the vocabulary has
+        """
+        behind = _ENGLISH + languages
+        return [_START, _ENGLISH, behind + _TRANSCRIBE, behind + _NO_TIMESTAMPS]
+
+    def history(self, languages: int) -> list[int]:
         """100 tokens: some of the window before, and the prompt."""
-        past = np.random.default_rng(0).integers(1000, 50000, _TOKENS_IN - len(PROMPT) - 1)
-        return [_PREVIOUS, *past.tolist(), *PROMPT]
+        past = np.random.default_rng(0).integers(1000, 50000, _TOKENS_IN - PROMPT_TOKENS - 1)
+        before = _ENGLISH + languages + _PREVIOUS
+        return [before, *past.tolist(), *self.prompt(languages)]
 
     def mels(self, n_mels: int) -> np.ndarray:
         """Log-mel spectrograms, shape = (2, n_mels, 3000), float32."""

@@ -27,6 +27,7 @@ def merged(old: Results, new: Results) -> Results:
     kept = [one for one in old.measurements if (one.scenario, one.model) not in again]
     return dataclasses.replace(
         new,
+        absent={**old.absent, **new.absent},
         models={**old.models, **new.models},
         compile_seconds={
             peer: {**old.compile_seconds.get(peer, {}), **new.compile_seconds.get(peer, {})}

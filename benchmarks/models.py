@@ -19,8 +19,11 @@ GROWN_SIZE = "base"
 WITH_WORDS = (TRAINED, GROWN)
 """Models that transcribe; the others have random weights."""
 
-SIZES = ("tiny", "base", "small", "medium", "large-v2")
-"""With random weights. All have the vocabulary that the tokens in `inputs` are of."""
+SIZES = ("tiny", "base", "small", "medium", "large-v2", "large-v3", "turbo")
+"""With random weights."""
+
+_WITHOUT_LANGUAGES = 51766
+"""Tokens of the multilingual vocabularies that stand for no language."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,14 @@ class Model:
     @property
     def n_mels(self) -> int:
         """Mel bands of its input."""
-        return 80  # of all models in `SIZES`, and of the bundled one
+        return self.dimensions()["n_mels"]
+
+    @property
+    def languages(self) -> int:
+        """How many its vocabulary has tokens for."""
+        return self.dimensions()["n_vocab"] - _WITHOUT_LANGUAGES
 
     def dimensions(self) -> dict[str, int]:
         """The fields of `whisper.model.ModelDimensions`."""
-        return dimensions_of(self.name if self.name in OFFICIAL else self.checkpoint)
+        name = GROWN_SIZE if self.name == GROWN else self.name
+        return dimensions_of(name if name in OFFICIAL else self.checkpoint)

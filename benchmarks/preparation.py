@@ -30,8 +30,8 @@ def prepare(
     """
     sized = [Model(name, work) for name in models]
     for model in (*sized, *(Model(name, work) for name in WITH_WORDS)):
-        inputs.prepare(Inputs(work), model.n_mels, say)
         weights.prepare(model, say)
+        inputs.prepare(Inputs(work), model.n_mels, say)
     for entry in entries:
         if entry.ours:
             _compile_ours(entry, say)

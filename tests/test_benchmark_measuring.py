@@ -261,6 +261,12 @@ def test_what_was_measured_again_replaces_whole_turns():
     assert both.minutes == old.minutes + new.minutes
 
 
+def test_who_was_absent_from_the_old_run_stays_absent():
+    old, new = made_up_results(), made_up_results()
+    new.absent = {}  # of an addition without this peer
+    assert merged(old, new).absent == old.absent != {}
+
+
 def test_a_first_run_of_later_sources_says_so():
     old, new = made_up_results(), made_up_results()
     old.versions = {"torch": "2", "whisper_max": "0.1, sources a"}

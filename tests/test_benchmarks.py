@@ -87,10 +87,10 @@ def test_options_of_another_command_are_refused(capsys, arguments, stray):
     assert stray in capsys.readouterr().err
 
 
-def test_models_for_gpus_only_are_for_gpus_only(capsys):
+def test_additions_are_measured_in_turns_with_the_baseline(capsys):
     with pytest.raises(SystemExit):
-        command.main(["--models", "turbo,tiny"])
-    assert "turbo: only for gpu and gpu-compile" in capsys.readouterr().err
+        command.main(["--add", "--peers", "whisper_max-high", "--models", "turbo"])
+    assert "in turns with whisper" in capsys.readouterr().err
 
 
 def test_both_sides_of_a_gpu_are_compared_in_turns(monkeypatch, tmp_path):

@@ -52,7 +52,7 @@ class FasterWhisper(Peer):
         The time is the difference between decoding more tokens and decoding few of them.
         """
         features = self.model.encode(self._mels().next(), to_cpu=False)
-        history = self.setup.inputs.history
+        history = self.setup.history
 
         def seconds(tokens: int) -> float:
             with Stopwatch() as watch:
@@ -73,14 +73,14 @@ class FasterWhisper(Peer):
         def run() -> Outcome:
             features = windows.next()
             with Stopwatch() as watch:
-                self._generate(features, self.setup.inputs.prompt, 1, 1)
+                self._generate(features, self.setup.prompt, 1, 1)
             return Outcome(watch.seconds)
 
         return run
 
     def window(self, tokens: int, beams: int, words: bool) -> Operation:
         mels = self._mels()
-        prompt = self.setup.inputs.prompt
+        prompt = self.setup.prompt
 
         def run() -> Outcome:
             mel = mels.next()

@@ -57,6 +57,16 @@ class Setup:
     threads: int
     variant: str
 
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens that a window without a past begins with."""
+        return self.inputs.prompt(self.model.languages)
+
+    @property
+    def history(self) -> list[int]:
+        """100 tokens: some of the window before, and the prompt."""
+        return self.inputs.history(self.model.languages)
+
 
 class Peer:
     """A model, loaded, and its operations. What a peer does not override it does not offer."""
@@ -70,11 +80,11 @@ class Peer:
         raise NotOffered("it has no encoder of its own")
 
     def step(self, rows: int) -> Operation:
-        """Times one decoder step behind `inputs.history`, logits of `rows` sequences included."""
+        """Times one decoder step behind `Setup.history`, logits of `rows` sequences included."""
         raise NotOffered("it does not decode by itself")
 
     def prefill(self) -> Operation:
-        """Times cross-attention keys and values and the first tokens, `inputs.prompt`."""
+        """Times cross-attention keys and values and the first tokens, `Setup.prompt`."""
         raise NotOffered("it does not decode by itself")
 
     def window(self, tokens: int, beams: int, words: bool) -> Operation:

@@ -53,11 +53,11 @@ class OpenAIWhisper(Peer):
 
     def step(self, rows: int) -> Operation:
         features = self._features().next()
-        first = len(self.setup.inputs.history)
+        first = len(self.setup.history)
         last = first + UNTIMED_STEPS + STEPS
         # Which tokens follow does not matter to the time.
-        following = [self.setup.inputs.history[-1]] * (last - first)
-        tokens = torch.tensor([[*self.setup.inputs.history, *following]] * rows)
+        following = [self.setup.history[-1]] * (last - first)
+        tokens = torch.tensor([[*self.setup.history, *following]] * rows)
 
         def run() -> Outcome:
             with torch.no_grad(), self.arithmetic(), self._inference(first) as inference:
@@ -73,7 +73,7 @@ class OpenAIWhisper(Peer):
 
     def prefill(self) -> Operation:
         windows = self._features()
-        tokens = torch.tensor([self.setup.inputs.prompt])
+        tokens = torch.tensor([self.setup.prompt])
 
         def run() -> Outcome:
             features = windows.next()

@@ -57,7 +57,7 @@ class Transformers(Peer):
 
     def step(self, rows: int) -> Operation:
         features = self._features().next().repeat_interleave(rows, dim=0)  # as generate() does
-        history = torch.tensor([self.setup.inputs.history] * rows)
+        history = torch.tensor([self.setup.history] * rows)
 
         def run() -> Outcome:
             cache = _empty_cache()
@@ -74,7 +74,7 @@ class Transformers(Peer):
 
     def prefill(self) -> Operation:
         windows = self._features()
-        tokens = torch.tensor([self.setup.inputs.prompt])
+        tokens = torch.tensor([self.setup.prompt])
 
         def run() -> Outcome:
             features = windows.next()

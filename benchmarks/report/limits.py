@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..inputs import PROMPT
+from ..inputs import PROMPT_TOKENS
 from ..peers import PEER
 from ..results import Results
 from ..samples import summarize
@@ -89,7 +89,7 @@ def _work(
     if scenario == "encoder":
         return "GFLOP/s", encoder_operations(dims), most
     if scenario == "prefill":
-        return "GFLOP/s", prefill_operations(dims, len(PROMPT)), most
+        return "GFLOP/s", prefill_operations(dims, PROMPT_TOKENS), most
     rows = 5 if scenario == "step_beam5" else 1
     read = step_bytes(dims, rows, entry.weight_bytes, entry.cross_bytes)
     return "GB/s", read, max(ceilings["copy_gbytes"], ceilings["read_gbytes"])
