@@ -1,4 +1,4 @@
-"""Word error rates and tokens on the bundled recordings, with the models that transcribe."""
+"""Word error rates and tokens on the bundled recordings, with the bundled trained checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def measure_accuracy(party: Party, names: list[str] | None = None) -> list[Accur
         for (peer, _), worker in party.workers.items():
             if beams > 1 and peer != BASELINE and not PEER[peer].ours:
                 continue
-            one = Accuracy(peer, beams, model=party.model)
+            one = Accuracy(peer, beams)
             try:
                 outcomes = {name: _transcribe(worker, name, beams) for name in spoken}
             except NotOffered as reason:

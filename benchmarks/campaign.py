@@ -160,13 +160,14 @@ def _measure_with_words(
     plan: Plan, model: str, present: list[Entry], results: Results, say: Callable[[str], None]
 ) -> None:
     scenarios = plan.of_model(model)
-    if not scenarios and "accuracy" not in plan.scenarios:
+    count_words = model == TRAINED and "accuracy" in plan.scenarios
+    if not scenarios and not count_words:
         return
     members = [(entry, results.threads) for entry in present if not entry.compiles_long]
     with Party(members, model, plan.work, say) as party:
-        if "accuracy" in plan.scenarios:
-            say(f"word error rates, {model}")
-            results.accuracy += measure_accuracy(party, QUICK_RECORDINGS if plan.quick else None)
+        if count_words:
+            say("word error rates")
+            results.accuracy = measure_accuracy(party, QUICK_RECORDINGS if plan.quick else None)
         for scenario in scenarios:
             results.measurements += party.measure(scenario)
 

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .models import TRAINED
-
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -79,7 +77,7 @@ class Overhead:
 
 @dataclass
 class Accuracy:
-    """One peer and model on the bundled recordings.
+    """One peer on the bundled recordings.
 
     word_errors : word error rate over all references, which have so many `words`
     identical : recordings with the tokens of unpatched openai-whisper, of `recordings`
@@ -92,7 +90,6 @@ class Accuracy:
     recordings: int = 0
     words: int = 0
     missing: str = ""
-    model: str = TRAINED
 
 
 @dataclass

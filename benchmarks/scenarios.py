@@ -12,7 +12,7 @@ FORCED_TOKENS = 100
 LONG_SPEECH = 600
 """Seconds of the long recording: the bundled ones, repeated."""
 
-SHORTER_SPEECH = 120
+SHORTER_SPEECH = 60
 """Seconds of what the grown model transcribes, which takes longer."""
 
 
@@ -88,9 +88,9 @@ SCENARIOS = (
     _speech("speech", "10 minutes of speech, end to end", TRAINED, "speech", **_FEW),
     _speech("speech_words", "10 minutes of speech, word times", TRAINED, "speech", True, **_FEW),
     _speech("grown_clip", "a clip of 3 s, end to end", GROWN, "clip", seconds=10.0),
-    _speech("grown_speech", "2 minutes of speech, end to end", GROWN, "shorter_speech", **_FEW),
+    _speech("grown_speech", "1 minute of speech, end to end", GROWN, "shorter_speech", **_FEW),
     _speech(
-        "grown_words", "2 minutes of speech, word times", GROWN, "shorter_speech", True, **_FEW
+        "grown_words", "1 minute of speech, word times", GROWN, "shorter_speech", True, **_FEW
     ),
 )
 SCENARIO = MappingProxyType({scenario.name: scenario for scenario in SCENARIOS})

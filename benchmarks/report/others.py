@@ -69,7 +69,7 @@ def accuracy_table(results: Results) -> list[str]:
     """Word error rates and identical recordings."""
     rows = []
     for one in results.accuracy:
-        row = [f"{PEER[one.peer].label}, {one.model}", _way(one.beams)]
+        row = [PEER[one.peer].label, _way(one.beams)]
         if one.missing:
             row += [one.missing.partition(":")[0], NONE, NONE]
         else:

@@ -49,7 +49,7 @@ STEP_NOTE = (
     "tokens and fewer, and include the choice of tokens. Of the others a step is timed through "
     "PyTorchInference.logits, as loops other than upstream's call it; whisper_max's transcribe "
     "takes a shorter way, so that a token of a window costs less. Speech is the bundled "
-    "recordings, which are synthetic, one by one or joined to 2 or 10 minutes; these are "
+    "recordings, which are synthetic, one by one or joined to 1 or 10 minutes; these are "
     "transcribed at temperature 0, without retries. Loading the model and reading the file are not "
     "included. Of OpenVINO the encoder was measured only, converted from openai-whisper's: not "
     "the decoding of OpenVINO GenAI. whisper.cpp was not measured. A result is as "
@@ -101,7 +101,7 @@ def section(machine: str, results: Results) -> str:
         lines += ["### Outside of MAX", "", OVERHEAD_NOTE, ""]
         lines += others.overhead_table(results)
     if results.accuracy:
-        lines += ["### Word errors", "", "In the bundled recordings.", ""]
+        lines += ["### Word errors", "", "The bundled recordings and checkpoint.", ""]
         lines += others.accuracy_table(results)
     if results.thread_scaling:
         lines += ["### Threads", "", SCALING_NOTE, "", *others.scaling_table(results)]
