@@ -50,7 +50,7 @@ def block(results: dict[str, Environment]) -> str:
     if scripts:
         lines += ["### Packages that use whisper", "", *_scripts(scripts)]
     if figures:
-        lines += ["### Long runs", "", *_figures(figures)]
+        lines += ["### Long runs, and models of the real sizes", "", *_figures(figures)]
     lines += ["### Why tests were skipped, or failed as expected", "", *_reasons(run)]
     return "\n".join(lines).rstrip()
 
