@@ -71,6 +71,7 @@ class _Growing:
             or not self.times
             or any(dims[field] != wanted[field] for field in same)
             or wanted["n_audio_head"] != self.times * self.heads
+            or any(wanted[f"n_text_{of}"] != wanted[f"n_audio_{of}"] for of in ("state", "head"))
             or wanted["n_vocab"] - dims["n_vocab"] not in (0, 1)
             or wanted["n_audio_layer"] < dims["n_audio_layer"]
             or wanted["n_text_layer"] < dims["n_text_layer"]
@@ -89,8 +90,8 @@ class _Growing:
     def encoder(self) -> State:
         """Its weights, by their names in a state_dict."""
         state, stem = self.state, self.copies(self.dims["n_audio_state"])
-        interpolation = _interpolation(self.dims["n_mels"], self.wanted["n_mels"])
-        first = torch.einsum("oik,im->omk", state["encoder.conv1.weight"], interpolation)
+        bands = interpolation(self.dims["n_mels"], self.wanted["n_mels"])
+        first = torch.einsum("oik,im->omk", state["encoder.conv1.weight"], bands)
         second = state["encoder.conv2.weight"].unbind(2)
         grown = {
             "encoder.conv1.weight": first[stem],
@@ -214,7 +215,7 @@ def _turn(rotations: Tensor, rows: Tensor) -> Tensor:
     return torch.einsum("hij,hj...->hi...", rotations, heads).flatten(0, 1)
 
 
-def _interpolation(bands: int, wanted: int) -> Tensor:
+def interpolation(bands: int, wanted: int) -> Tensor:
     """From log-mel spectrograms of `wanted` bands to such of `bands`: shape = (bands, wanted).
 
     Both divide the same range of the mel scale evenly.

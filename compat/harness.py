@@ -69,6 +69,12 @@ def run_python(
     )
 
 
+def note(request: pytest.FixtureRequest, name: str, text: str) -> None:
+    """Records what a test found, under a name, where the matrix asks for it."""
+    if request.config.pluginmanager.has_plugin("compat.matrix.recording"):
+        request.getfixturevalue("keep_figure")(name, text)
+
+
 device = "cpu"
 """Where the bundled checkpoint is loaded: what the option --device says, "cpu" in a rehearsal."""
 

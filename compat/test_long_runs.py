@@ -15,6 +15,7 @@ from statistics import median
 import pytest
 
 import whisper_max
+from harness import note
 from recordings import FOLDER
 from whisper_max import settings
 
@@ -41,12 +42,6 @@ def start(program: str, *arguments: str, launcher: Sequence[str] = (), **environ
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-def note(request, name: str, text: str) -> None:
-    """Records a figure where the matrix asks for it."""
-    if request.config.pluginmanager.has_plugin("compat.matrix.recording"):
-        request.getfixturevalue("keep_figure")(name, text)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")

@@ -15,7 +15,7 @@ from whisper.model import Whisper
 from benchmarks.inputs import references
 from benchmarks.weights import save_grown
 from benchmarks.word_errors import word_error_rate, words_of
-from harness import compile_all, load_checkpoint, on_max
+from harness import compile_all, load_checkpoint, note, on_max
 from recordings import LONG, assert_same_result, samples
 from tolerances import REDUCED, WORD_ERROR_RATE
 
@@ -69,12 +69,6 @@ def grown(request, tmp_path_factory) -> Iterator[Grown]:
     path.unlink()  # gigabytes
     found.expected = found.transcriptions()
     yield found
-
-
-def note(request, name: str, text: str) -> None:
-    """Records a finding where the matrix asks for it."""
-    if request.config.pluginmanager.has_plugin("compat.matrix.recording"):
-        request.getfixturevalue("keep_figure")(name, text)
 
 
 def error_rate(results: dict[str, dict]) -> float:

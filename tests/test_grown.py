@@ -6,7 +6,7 @@ import pytest
 import torch
 from whisper.model import ModelDimensions, Whisper
 
-from benchmarks.grown import _interpolation, grow
+from benchmarks.grown import interpolation, grow
 
 CANTONESE = 50358
 SMALL = {
@@ -89,12 +89,12 @@ def test_one_language_more(small):
 
 
 def test_bands_of_mel_are_interpolated():
-    matrix = _interpolation(80, 128)
+    matrix = interpolation(80, 128)
     assert matrix.shape == (80, 128)
     assert torch.allclose(matrix.sum(1), torch.ones(80))
     ramp = matrix @ (torch.arange(1, 129) / 129)
     assert torch.allclose(ramp, torch.arange(1, 81) / 81)
-    assert torch.equal(_interpolation(80, 80), torch.eye(80))
+    assert torch.equal(interpolation(80, 80), torch.eye(80))
 
 
 def test_growing_is_the_same_at_every_call(small):
@@ -107,11 +107,12 @@ def test_growing_is_the_same_at_every_call(small):
     [
         {**larger(), "n_audio_state": 100},
         {**larger(), "n_audio_head": 3},
+        {**larger(), "n_text_state": 128},
         {**larger(), "n_vocab": SMALL["n_vocab"] - 1},
         {**larger(), "n_text_ctx": 448},
         {**larger(), "n_audio_layer": 1},
     ],
-    ids=["width", "heads", "vocabulary", "context", "layers"],
+    ids=["width", "heads", "another width of text", "vocabulary", "context", "layers"],
 )
 def test_what_cannot_be_reached_is_refused(small, wanted):
     with pytest.raises(ValueError, match="do not grow to"):
