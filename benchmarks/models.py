@@ -20,7 +20,7 @@ WITH_WORDS = (TRAINED, GROWN)
 """Models that transcribe; the others have random weights."""
 
 SIZES = ("tiny", "base", "small", "medium", "large-v2", "large-v3", "turbo")
-"""With random weights."""
+"""With random weights. From small to large, as far as that goes."""
 
 _WITHOUT_LANGUAGES = 51766
 """Tokens of the multilingual vocabularies that stand for no language."""

@@ -107,6 +107,16 @@ def test_readme_shows_the_machine_measured_last(results):
     assert "4.00× faster-whisper int8" in block({"a": newer, "b": results})
 
 
+def test_readme_shows_windows_of_the_largest_model_too(results):
+    for group in (("step", "tiny"), ("encoder", "turbo"), ("window", "turbo")):
+        for peer, seconds in (("whisper", 20.0), ("whisper_max-high", 10.0)):
+            results.measurements.append(Measurement(*group, peer, 2, [seconds] * 3))
+    rows = block({"machine": results}).splitlines()
+    shown = [row.split(" | ")[0] for row in rows if row.startswith("| ") and "(" in row]
+    assert [name.rpartition("(")[2] for name in shown] == ["tiny)"] * 3 + ["turbo)"]
+    assert "| 30 s window, 100 tokens, greedy (turbo) | 20.0 s | 2.00× | – | – | – |" in rows
+
+
 def test_block_replaces_what_is_between_the_marks_and_nothing_else():
     text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     assert with_block(text, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"

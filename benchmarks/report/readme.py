@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..models import GROWN, GROWN_SIZE, WITH_WORDS
+from ..models import GROWN, GROWN_SIZE, SIZES, WITH_WORDS
 from ..peers import BASELINE, OURS, PEER
 from ..results import Results
 from ..samples import summarize
@@ -13,22 +13,30 @@ BEGIN = "<!-- figures -->"
 END = "<!-- /figures -->"
 SCENARIOS = ("encoder", "step", "window", "window_beam5", "window_words")
 SCENARIOS += ("grown_clip", "grown_speech", "grown_words")
+OF_THE_LARGEST = ("window", "window_beam5")
 PRECISIONS = ("high", "medium", "int8")
 
 
 def block(by_machine: dict[str, Results]) -> str:
-    """The text between the marks: of the machine measured last, the model with the most rows."""
+    """The text between the marks: of the machine measured last, the size with the most rows.
+
+    Of the largest size that is measured, some; and the model that transcribes at a real size.
+    """
     if not by_machine:
         return "Not measured yet: `make bench` writes the figures here."
     results = max(by_machine.values(), key=lambda one: one.measured)
     measured = [model for name, model in groups(results) if name in SCENARIOS]
     sized = [model for model in reversed(models_of(results)) if model not in WITH_WORDS]
-    shown = (max(sized, key=measured.count, default=None), GROWN)
+    shown = max(sized, key=measured.count, default=None)
+    largest = max(sized, key=SIZES.index, default=None)
     ours = [f"{OURS}-{precision}" for precision in PRECISIONS]
     rows = []
     for group in groups(results):
         baseline = results.find(*group, BASELINE)
-        if group[0] not in SCENARIOS or group[1] not in shown or baseline is None:
+        name, model = group
+        scenarios = SCENARIOS if model in (shown, GROWN) else ()
+        scenarios = OF_THE_LARGEST if model == largest != shown else scenarios
+        if name not in scenarios or baseline is None:
             continue
         ratios = {name: ratio.median for name, ratio in speed_ups(results, group).items()}
         others = {name: ratio for name, ratio in ratios.items() if name not in ours}
@@ -42,7 +50,7 @@ def block(by_machine: dict[str, Results]) -> str:
             ]
         )
     header = ["", "openai-whisper", *(PEER[name].label for name in ours), "fastest other measured"]
-    return "\n".join([*table(header, rows), _legend(results, shown[0])])
+    return "\n".join([*table(header, rows), _legend(results, shown)])
 
 
 def with_block(text: str, figures: str) -> str:
