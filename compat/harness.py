@@ -57,11 +57,15 @@ def run_tests(*tests: str | Path, **environment: str | None) -> str:
 def run_python(
     *arguments: str, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python in compat/, with variables as for `run_tests`; standard error is with output."""
-    variables = {**os.environ, **environment}
+    """Runs Python in compat/, with variables as for `run_tests`; standard error is with output.
+
+    It finds `benchmarks` also where whisper_max is all that is installed of this tree.
+    """
+    here = Path(__file__).parent
+    variables = {**os.environ, "PYTHONPATH": str(here.parent), **environment}
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=Path(__file__).parent,
+        cwd=here,
         env={name: value for name, value in variables.items() if value is not None},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
