@@ -28,6 +28,7 @@ def merged(old: Results, new: Results) -> Results:
     return dataclasses.replace(
         new,
         absent={**old.absent, **new.absent},
+        ceilings=_higher(old.ceilings, new.ceilings),
         models={**old.models, **new.models},
         compile_seconds={
             peer: {**old.compile_seconds.get(peer, {}), **new.compile_seconds.get(peer, {})}
@@ -41,6 +42,17 @@ def merged(old: Results, new: Results) -> Results:
         first_run=new.first_run or old.first_run,
         minutes=minutes,
     )
+
+
+def _higher(
+    old: dict[str, float | None], new: dict[str, float | None]
+) -> dict[str, float | None]:
+    """The ceilings of both runs: the machine had more to give at one time than at the other."""
+    both = {name: (old.get(name), new.get(name)) for name in {**old, **new}}
+    return {
+        name: max((value for value in values if value is not None), default=None)
+        for name, values in both.items()
+    }
 
 
 def why_apart(old: Results, new: Results) -> str:

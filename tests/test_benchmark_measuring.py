@@ -261,6 +261,17 @@ def test_what_was_measured_again_replaces_whole_turns():
     assert both.minutes == old.minutes + new.minutes
 
 
+def test_of_two_ceilings_the_higher_one_counts():
+    old, new = made_up_results(), made_up_results()
+    new.ceilings = {**old.ceilings, "float32_gflops": 250.0, "read_gbytes": 30.0}
+    assert merged(old, new).ceilings == {
+        "float32_gflops": 300.0,
+        "bfloat16_gflops": None,
+        "copy_gbytes": 20.0,
+        "read_gbytes": 30.0,
+    }
+
+
 def test_who_was_absent_from_the_old_run_stays_absent():
     old, new = made_up_results(), made_up_results()
     new.absent = {}  # of an addition without this peer
