@@ -12,10 +12,10 @@ from .places import BUNDLED_CHECKPOINT
 TRAINED = "micro"
 """The bundled checkpoint."""
 
-GROWN = "grown-base"
-"""The bundled checkpoint, grown to the dimensions of base: see `grown`."""
-
 GROWN_SIZE = "base"
+GROWN = f"grown-{GROWN_SIZE}"
+"""The bundled checkpoint, grown to the dimensions of that size: see `grown`."""
+
 WITH_WORDS = (TRAINED, GROWN)
 """Models that transcribe; the others have random weights."""
 

@@ -29,14 +29,13 @@ def block(by_machine: dict[str, Results]) -> str:
     sized = [model for model in reversed(models_of(results)) if model not in WITH_WORDS]
     shown = max(sized, key=measured.count, default=None)
     largest = max(sized, key=SIZES.index, default=None)
+    scenarios = {GROWN: SCENARIOS, largest: OF_THE_LARGEST, shown: SCENARIOS}
     ours = [f"{OURS}-{precision}" for precision in PRECISIONS]
     rows = []
     for group in groups(results):
         baseline = results.find(*group, BASELINE)
         name, model = group
-        scenarios = SCENARIOS if model in (shown, GROWN) else ()
-        scenarios = OF_THE_LARGEST if model == largest != shown else scenarios
-        if name not in scenarios or baseline is None:
+        if name not in scenarios.get(model, ()) or baseline is None:
             continue
         ratios = {name: ratio.median for name, ratio in speed_ups(results, group).items()}
         others = {name: ratio for name, ratio in ratios.items() if name not in ours}
