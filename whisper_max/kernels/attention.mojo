@@ -12,7 +12,7 @@ from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 from std.sys import llvm_intrinsic
 
-from .gemm import AHEAD, F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
+from .gemm import F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
 from .packing import LINES, store_turned
 from .products import (
     BF16, PAIRS_STEP, WORDS, Words, accumulate_pairs, store_bfloat16, store_pairs, words_of
@@ -362,9 +362,9 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                 ).unsafe_store(mixed / totals.unsafe_offset(r).unsafe_load())
 
     @staticmethod
-    def ahead[rows: Int]() -> Int:
+    def streams[rows: Int]() -> Bool:
         """Beams read keys and values from memory; the encoder's tiles find them in cache."""
-        return AHEAD if 1 < rows and rows < tile_rows[Self.width]() else 0
+        return rows < tile_rows[Self.width]()
 
     @always_inline
     def take_query(self, row: Int, to: Floats):
@@ -385,7 +385,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             comptime for part in range(PANEL // (2 * Self.width)):
                 var offset = part * 2 * Self.width
                 var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
-                accumulate[rows, Self.width, Self.ahead[rows]()](
+                accumulate[rows, Self.width, Self.streams[rows]()](
                     sums,
                     raw(query),
                     HEAD_DIM,
@@ -421,7 +421,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         comptime for part in range(HEAD_DIM // (2 * Self.width)):
             comptime column = part * 2 * Self.width
             var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
-            accumulate[rows, Self.width, Self.ahead[rows]()](
+            accumulate[rows, Self.width, Self.streams[rows]()](
                 sums,
                 scores,
                 stride,

@@ -280,7 +280,7 @@ struct EncoderBlocks:
         var attn_out = Weights[type].of(out_weight, out_scale, out_bias)
         var mlp_0 = Weights[type].of(mlp_0_weight, mlp_0_scale, mlp_0_bias)
         var mlp_2 = Weights[type].of(mlp_2_weight, mlp_2_scale, mlp_2_bias)
-        var phases = Phases((4 * PROJECT_PHASES + 2) * layers)
+        var phases = Phases((4 * PROJECT_PHASES + 2) * layers, team)
         var attending = EncoderAttention[attention, product, width, tiles](
             qkv=hidden,
             attended=attended,
@@ -308,7 +308,7 @@ struct EncoderBlocks:
             var stream, var hidden, var attended, var rows, var layers, var team, var phases,
             var all_heads, var all_blocks, var memory, var packed_hidden, var direct, imm
         }:
-            var phase = phases
+            var phase = phases.of(index)
             var none = Norm(stream, stream, 0)
             var of_hidden = packed_hidden if direct else memory
             for layer in range(layers):
@@ -504,7 +504,7 @@ struct DecoderBlocks:
             0,
             Norm(raw(ln_weight.unsafe_ptr()), raw(ln_bias.unsafe_ptr()), n),
         )
-        var phases = Phases((6 * PROJECT_PHASES + 4) * layers + 2 + PROJECT_PHASES)
+        var phases = Phases((6 * PROJECT_PHASES + 4) * layers + 2 + PROJECT_PHASES, team)
         var self_attention = SelfAttention[width](
             output=attended,
             qkv=hidden,
@@ -539,7 +539,7 @@ struct DecoderBlocks:
             var cache_size, var kept, var keeps, var stream_size, var memory, var n,
             var wanted_rows, var to_logits, imm
         }:
-            var phase = phases
+            var phase = phases.of(index)
             var none = Norm(stream, stream, 0)
             for layer in range(layers):
                 var attn_ln = norm_of(attn_ln_weight, attn_ln_bias, layer)
@@ -750,10 +750,11 @@ struct CrossKV:
         )
         var pack_chunks = ceildiv(windows * frames, PACKED_ROWS)
         var fill_chunks = windows * caches.blocks() * 2 * caches.heads * layers
-        var phases = Phases(2)
+        var team = team_size(threads)
+        var phases = Phases(2, team)
 
         def worker(index: Int) {var caches, var phases, var pack_chunks, var fill_chunks}:
-            var phase = phases
+            var phase = phases.of(index)
             var projected = unsafe_alloc[Float32](Left.rows_in_cache * HEAD_DIM, alignment=64)
             var panel = unsafe_alloc[UInt8](Caches.Right.bytes, alignment=64)
             var right = Caches.Right.at(raw(panel))
@@ -771,6 +772,6 @@ struct CrossKV:
             panel.unsafe_free()
             projected.unsafe_free()
 
-        sync_parallelize(worker, team_size(threads))
+        sync_parallelize(worker, team)
         packed.unsafe_free()
         phases.free()

@@ -12,10 +12,6 @@ comptime PANEL = 32
 """Columns in one packed panel."""
 comptime CACHE_LINE = 64
 """Bytes."""
-comptime AHEAD = 32
-"""Lines of a panel: how far ahead memory is asked for, where a few rows are multiplied with it. One
-row needs so little time for a line that the processor reads as far ahead by itself."""
-
 comptime F32 = DType.float32
 comptime Floats = Pointer[Float32, MutUntrackedOrigin]
 comptime Packed[type: DType] = Pointer[Scalar[type], MutUntrackedOrigin]
@@ -45,15 +41,27 @@ def tile_rows[width: Int]() -> Int:
 
 
 @always_inline
-def fetch[type: DType, //, count: Int](at: Packed[type]):
-    """Asks for `count` numbers that will be read soon; what stands there need not be ours."""
-    comptime for i in range(0, count, CACHE_LINE // size_of[Scalar[type]]()):
-        prefetch[PrefetchOptions().for_read().high_locality().to_data_cache()](at.unsafe_offset(i))
+def fetch[type: DType, //, rows: Int, count: Int](at: Packed[type]):
+    """Asks for `count` numbers some way behind `at`, in a panel that `rows` rows stream.
+
+    What stands there need not be ours. One row needs so little time for a line that the processor
+    reads as far ahead by itself. Where products take longer than memory, what is asked for waits in
+    the second-level cache: in the first one are the rows.
+    """
+    comptime if rows > 1:
+        comptime is_product_bound = rows > 2 * size_of[Scalar[type]]()
+        comptime ahead = (8192 if is_product_bound else 4096) // size_of[Scalar[type]]()
+        comptime options = PrefetchOptions().for_read().to_data_cache()
+        comptime for i in range(0, count, CACHE_LINE // size_of[Scalar[type]]()):
+            comptime if is_product_bound:
+                prefetch[options.low_locality()](at.unsafe_offset(ahead + i))
+            else:
+                prefetch[options.high_locality()](at.unsafe_offset(ahead + i))
 
 
 @always_inline
 def accumulate[
-    type: DType, //, rows: Int, width: Int, ahead: Int = 0
+    type: DType, //, rows: Int, width: Int, streams: Bool = False
 ](
     mut sums: Array[SIMD[F32, width], 2 * rows],
     a: Floats,
@@ -64,12 +72,12 @@ def accumulate[
     """Adds `a[rows, length] @ panel[length, 2 * width]` to the sums.
 
     Row `r` of `a` starts at `r * row_stride`. `panel` points at a panel or, where two vectors
-    are narrower than a panel, at a part of one. It is asked for `ahead` lines before it is read.
+    are narrower than a panel, at a part of one. `streams`: whether it comes from memory.
     """
     for k in range(length):
         var line = panel.unsafe_offset(k * PANEL)
-        comptime if ahead > 0:
-            fetch[2 * width](line.unsafe_offset(ahead * PANEL))
+        comptime if streams:
+            fetch[rows, 2 * width](line)
         var left = line.unsafe_load[width=width]().cast[F32]()
         var right = line.unsafe_offset(width).unsafe_load[width=width]().cast[F32]()
         comptime for r in range(rows):

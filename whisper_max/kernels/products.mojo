@@ -126,7 +126,7 @@ def accumulate_fours[
 
 @always_inline
 def accumulate_int16[
-    type: DType, //, rows: Int, ahead: Int
+    type: DType, //, rows: Int
 ](
     mut sums: Array[SIMD[I32, WORDS], 2 * rows],
     a: Packed[I16],
@@ -134,16 +134,15 @@ def accumulate_int16[
     panel: Packed[type],
     length: Int,
 ):
-    """Adds `a[rows, length] @ panel`, the panel as it is packed, of bytes.
+    """Adds `a[rows, length] @ panel`, the panel as it is packed, of bytes, streamed from memory.
 
-    It is asked for `ahead` lines before it is read. The length is at most BLOCK_LENGTH.
+    The length is at most BLOCK_LENGTH.
     """
     comptime assert BLOCK_LENGTH * INT16_LARGEST * 127 < 1 << 31
     var words = words_of(a)
     for pair in range(ceildiv(length, 2)):
         var k = 2 * pair
-        comptime if ahead > 0:
-            fetch[2 * PANEL](panel.unsafe_offset((k + ahead) * PANEL))
+        fetch[rows, 2 * PANEL](panel.unsafe_offset(k * PANEL))
         var first = line_of(panel, k, length).cast[I16]()
         var both = first.interleave(line_of(panel, k + 1, length).cast[I16]())
         var left = both.slice[2 * WORDS]()

@@ -12,7 +12,7 @@ from std.sys import size_of
 from std.sys.intrinsics import PrefetchOptions, prefetch
 
 from .gemm import (
-    AHEAD, CACHE_LINE, F32, PANEL, Bytes, Floats, Packed, accumulate, raw, tile_rows
+    CACHE_LINE, F32, PANEL, Bytes, Floats, Packed, accumulate, raw, tile_rows
 )
 from .norm import Norm
 from .phases import Phases
@@ -21,7 +21,7 @@ from .tiles import begin_tiles, end_tiles
 
 comptime FEW_ROWS = 48
 """Up to here the weights are the traffic: panels are streamed instead of blocked."""
-comptime STREAM_LINES = 2048
+comptime STREAM_LINES = 1024
 """Lines of panels that a worker claims at a time: microseconds, so that none waits long for the
 last one."""
 comptime PACKED_ROWS = 32
@@ -215,7 +215,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         var a = self.x.unsafe_offset(row * self.length)
         comptime for part in range(PANEL // (2 * Self.width)):
             var vectors = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
-            accumulate[rows, Self.width, AHEAD if rows > 1 else 0](
+            accumulate[rows, Self.width, streams=True](
                 vectors,
                 a,
                 self.length,
@@ -233,7 +233,7 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
         for block in range(few.blocks()):
             var begin = few.begin(block)
             var vectors = Array[SIMD[I32, WORDS], 2 * rows](fill=SIMD[I32, WORDS](0))
-            accumulate_int16[rows, AHEAD if rows > 1 else 0](
+            accumulate_int16[rows](
                 vectors,
                 Packed[I16](unsafe_from_address=Int(few.row(block, row))),
                 Self.Few.stride,

@@ -64,14 +64,14 @@ struct Linear:
             packs_output=False,
         )
         var team = team_size(threads)
-        var phases = Phases(PROJECT_PHASES)
+        var phases = Phases(PROJECT_PHASES, team)
         var packed = unsafe_alloc[UInt8](
             projection.packed_bytes(projection.rows, length), alignment=64
         )
         var memory = raw(packed)
 
         def worker(index: Int) {var phases, var team, var projection, var memory, imm}:
-            var phase = phases
+            var phase = phases.of(index)
             project(phase, team, projection, memory)
 
         sync_parallelize(worker, team)
