@@ -17,13 +17,16 @@ from .packing import LINES, store_turned
 from .products import (
     BF16, PAIRS_STEP, WORDS, Words, accumulate_pairs, store_bfloat16, store_pairs, words_of
 )
-from .tiles import SIDE, begin_tiles, end_tiles, multiply_tiles, parts_of
+from .tiles import TILE_ROWS, begin_tiles, end_tiles, multiply_tiles, parts_of
 
 comptime HEAD_DIM = 64
 comptime SCALE: Float32 = 0.125
 """1 / sqrt(head_dim): a power of two, so that it does not matter where it is applied."""
 comptime SCORE_PADDING = 16
 """Added to the row distance of the scores: rows of a tile fall into different cache sets."""
+
+comptime ROWS_BY_TILES = 2 * TILE_ROWS
+"""Queries that tiles attend with at a time: the second sixteen find keys in the first-level cache."""
 
 comptime LOG2_E: Float32 = 1.44269504
 comptime FLOOR = 1
@@ -227,13 +230,13 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
 
     def run(self, rows: Int):
         """Attends with all rows, as many at a time as the registers hold."""
-        comptime largest = SIDE if Self.tiles else tile_rows[Self.width]()
+        comptime largest = ROWS_BY_TILES if Self.tiles else tile_rows[Self.width]()
         var stride = padded(self.frames) + SCORE_PADDING
         var scores = unsafe_alloc[Float32](largest * stride, alignment=64)
         comptime if Self.tiles:
             begin_tiles()
-            for row in range(0, rows, SIDE):
-                self.attend_in_tiles(scores, stride, row, min(SIDE, rows - row))
+            for row in range(0, rows, ROWS_BY_TILES):
+                self.attend_in_tiles(scores, stride, row, min(ROWS_BY_TILES, rows - row))
             end_tiles()
         else:
             var row = 0
@@ -311,13 +314,15 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                 )
 
     def attend_in_tiles(self, scores: Floats, stride: Int, row: Int, rows: Int):
-        """Attends with up to SIDE rows from `row` on; what tiles make of further ones is unused."""
+        """Attends with up to ROWS_BY_TILES rows; what tiles make of further ones is unused."""
         comptime parts = parts_of[Self.type, True]()
         var length = padded(self.frames)
         var line = unsafe_stack_allocation[HEAD_DIM, Float32, alignment=64]()
-        var query = unsafe_stack_allocation[SIDE * parts * HEAD_DIM, Scalar[BF16], alignment=64]()
-        var totals = unsafe_stack_allocation[SIDE, Float32]()
-        var sums = unsafe_stack_allocation[SIDE * PANEL, Float32, alignment=64]()
+        var query = unsafe_stack_allocation[
+            ROWS_BY_TILES * parts * HEAD_DIM, Scalar[BF16], alignment=64
+        ]()
+        var totals = unsafe_stack_allocation[ROWS_BY_TILES, Float32]()
+        var sums = unsafe_stack_allocation[TILE_ROWS * PANEL, Float32, alignment=64]()
         for r in range(rows):
             self.take_query(row + r, raw(line))
             store_bfloat16[parts](
@@ -325,14 +330,15 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             )
         var keys = Packed[BF16](unsafe_from_address=Int(self.keys))
         for panel in range(length // PANEL):
-            multiply_tiles[parts](
-                raw(query),
-                parts * HEAD_DIM,
-                keys.unsafe_offset(panel * parts * HEAD_DIM * PANEL),
-                HEAD_DIM // PAIRS_STEP,
-                scores.unsafe_offset(panel * PANEL),
-                stride,
-            )
+            for r in range(0, rows, TILE_ROWS):
+                multiply_tiles[parts](
+                    raw(query).unsafe_offset(r * parts * HEAD_DIM),
+                    parts * HEAD_DIM,
+                    keys.unsafe_offset(panel * parts * HEAD_DIM * PANEL),
+                    HEAD_DIM // PAIRS_STEP,
+                    scores.unsafe_offset(r * stride + panel * PANEL),
+                    stride,
+                )
         self.keep_scores(scores, stride, row, rows)
         var weights = Packed[BF16](unsafe_from_address=Int(scores))
         for r in range(rows):
@@ -346,20 +352,21 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             comptime if parts > 1:
                 store_bfloat16[parts](scores_of_row, weights.unsafe_offset(2 * r * stride), length)
         var values = Packed[BF16](unsafe_from_address=Int(self.values))
-        comptime for half in range(HEAD_DIM // PANEL):
-            multiply_tiles[parts](
-                weights,
-                2 * stride,
-                values.unsafe_offset(half * parts * length * PANEL),
-                length // PAIRS_STEP,
-                raw(sums),
-                PANEL,
-            )
-            for r in range(rows):
-                var mixed = raw(sums).unsafe_offset(r * PANEL).unsafe_load[width=PANEL]()
-                self.output.unsafe_offset(
-                    (row + r) * self.output_stride + half * PANEL
-                ).unsafe_store(mixed / totals.unsafe_offset(r).unsafe_load())
+        for r in range(0, rows, TILE_ROWS):
+            comptime for half in range(HEAD_DIM // PANEL):
+                multiply_tiles[parts](
+                    weights.unsafe_offset(2 * r * stride),
+                    2 * stride,
+                    values.unsafe_offset(half * parts * length * PANEL),
+                    length // PAIRS_STEP,
+                    raw(sums),
+                    PANEL,
+                )
+                for i in range(min(TILE_ROWS, rows - r)):
+                    var mixed = raw(sums).unsafe_offset(i * PANEL).unsafe_load[width=PANEL]()
+                    self.output.unsafe_offset(
+                        (row + r + i) * self.output_stride + half * PANEL
+                    ).unsafe_store(mixed / totals.unsafe_offset(r + i).unsafe_load())
 
     @staticmethod
     def streams[rows: Int]() -> Bool:

@@ -48,7 +48,7 @@ def fetch[type: DType, //, rows: Int, count: Int](at: Packed[type]):
     reads as far ahead by itself. Where products take longer than memory, what is asked for waits in
     the second-level cache: in the first one are the rows.
     """
-    comptime if rows > 1:
+    comptime if rows > 0:
         comptime is_product_bound = rows > 2 * size_of[Scalar[type]]()
         comptime ahead = (8192 if is_product_bound else 4096) // size_of[Scalar[type]]()
         comptime options = PrefetchOptions().for_read().to_data_cache()

@@ -15,7 +15,7 @@ from std.sys import llvm_intrinsic, size_of
 
 from .gemm import F32, PANEL, Bytes, Floats, Packed, accumulate, fetch, raw, tile_rows
 from .norm import Norm
-from .tiles import SIDE, STEP_BYTES, TILE_ROWS, begin_tiles, end_tiles, multiply_tiles, parts_of
+from .tiles import STEP_BYTES, TILE_ROWS, begin_tiles, end_tiles, multiply_tiles, parts_of
 
 comptime BF16 = DType.bfloat16
 comptime I8 = DType.int8
@@ -35,7 +35,7 @@ comptime BLOCK_STEP = 64
 comptime CACHED_BYTES = 192 * 544 * 4
 """Of a left operand: less than half of the smallest second-level cache beside AVX-512."""
 comptime ROWS_STEP = 96
-"""Blocks of rows are made of whole tiles, of 12 rows or 32, and of whole panels of keys."""
+"""Blocks of rows are made of whole tiles, of 12 rows or 16, and of whole panels of keys."""
 comptime SMALLEST: Float32 = 1e-30
 """Of the largest number in a quantized row, so that a row of zeros has a scale."""
 comptime INT8_ZERO = 128
@@ -226,14 +226,18 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     comptime parts = parts_of[Self.product, Self.tiles]()
     comptime stored = BF16 if Self.parts == 2 else Self.product
     comptime at_once = (
-        SIDE if Self.tiles else 1 if Self.product == I16 else tile_rows[Self.width]()
+        TILE_ROWS if Self.tiles else 1 if Self.product == I16 else tile_rows[Self.width]()
     )
     """Rows that are multiplied at a time; of int16, which few rows are, as many as there are."""
     comptime step = 1 if not Self.tiles else STEP_BYTES if Self.stored == I8 else PAIRS_STEP
     """Rows and panels are filled up to a multiple of it, with zeros."""
-    comptime block_length = BLOCK_LENGTH // Self.parts
+    comptime block_length = BLOCK_LENGTH // (
+        2 * Self.parts if Self.tiles and Self.stored == BF16 else 1
+    )
     """Of the shared axis, at most: a panel of it stays in the caches of a core."""
-    comptime stride = BLOCK_LENGTH + (STEP_BYTES if Self.tiles and Self.stored == I8 else 32)
+    comptime stride = Self.parts * Self.block_length + (
+        STEP_BYTES if Self.tiles and Self.stored == I8 else 32
+    )
     """Row distance: constant, and rows fall into different cache sets."""
     comptime rows_in_cache = (
         CACHED_BYTES // (Self.stride * size_of[Scalar[Self.stored]]()) // ROWS_STEP * ROWS_STEP

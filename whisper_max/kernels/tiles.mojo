@@ -1,4 +1,4 @@
-"""Products in the tile registers of Intel's AMX: 32 rows by 32 columns, two by two tiles of sums.
+"""Products in the tile registers of Intel's AMX: 16 rows by 32 columns, two tiles of sums.
 
 A tile is 16 rows of 64 bytes. Both operands are sequences of steps along the shared axis, each 64
 bytes of a row: 32 bfloat16 or 64 int8. A step of the left operand is that part of each row; a step
@@ -18,14 +18,10 @@ comptime TILE_ROWS = 16
 comptime STEP_BYTES = 64
 """Of a row, and the bytes of a row of a tile."""
 comptime PANEL_STEP_BYTES = TILE_ROWS * PANEL * 4
-comptime SIDE = 2 * TILE_ROWS
-"""Rows that are multiplied at a time, with the 32 columns of a panel."""
+comptime PANEL_LINE_BYTES = PANEL * 4
 
-comptime ZERO = "tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3"
-comptime LOAD_ROWS = "tileloadd ($0,$2,1), %tmm4\n\ttileloadd ($1,$2,1), %tmm5"
-comptime LOAD_PANEL = "tileloadd ($0,$2,1), %tmm6\n\ttileloadd ($1,$2,1), %tmm7"
-comptime STORE_UPPER = "tilestored %tmm0, ($0,$2,1)\n\ttilestored %tmm1, ($1,$2,1)"
-comptime STORE_LOWER = "tilestored %tmm2, ($0,$2,1)\n\ttilestored %tmm3, ($1,$2,1)"
+comptime ZERO = "tilezero %tmm0\n\ttilezero %tmm1"
+comptime STORE = "tilestored %tmm0, ($0,$1,1)\n\ttilestored %tmm1, 64($0,$1,1)"
 
 
 @always_inline
@@ -60,23 +56,31 @@ def run_assembly[text: StaticString]():
 
 
 @always_inline
-def move_pair[text: StaticString](first: Int, distance: Int, stride: Int):
-    """Loads or stores two tiles, the second `distance` bytes behind the first."""
-    inlined_assembly[text, NoneType, constraints="r,r,r,~{memory}", has_side_effect=True](
-        first, first + distance, stride
+def multiply_step[product: DType, parts: Int](left: Int, right: Int, stride: Int):
+    """Adds the products of a step to both tiles of sums: unsigned rows by signed columns, if bytes.
+
+    The rows go to tile 2, one half of a panel after the other to tile 3. Of two parts the small
+    products come first.
+    """
+    comptime rows = "tileloadd ($0,$2,1), %tmm2\n\t"
+    comptime rest_of_rows = "tileloadd 64($0,$2,1), %tmm2\n\t"
+    comptime left_half = "tileloadd ($1,$3,1), %tmm3\n\t"
+    comptime right_half = "tileloadd 64($1,$3,1), %tmm3\n\t"
+    comptime rest_of_left_half = "tileloadd 2048($1,$3,1), %tmm3\n\t"
+    comptime rest_of_right_half = "tileloadd 2112($1,$3,1), %tmm3\n\t"
+    comptime name = "tdpbusd" if product == DType.int8 else "tdpbf16ps"
+    comptime to_left = name + " %tmm3, %tmm2, %tmm0\n\t"
+    comptime to_right = name + " %tmm3, %tmm2, %tmm1\n\t"
+    comptime one = rows + left_half + to_left + right_half + to_right
+    comptime two = (
+        rest_of_rows + left_half + to_left + right_half + to_right
+        + rows + to_right + rest_of_right_half + to_right
+        + rest_of_left_half + to_left + left_half + to_left
     )
-
-
-@always_inline
-def multiply_step[product: DType]():
-    """Adds the products of the loaded tiles: unsigned rows by signed columns, if of bytes."""
-    comptime name = "tdpbusd " if product == DType.int8 else "tdpbf16ps "
-    run_assembly[
-        name + "%tmm6, %tmm4, %tmm0\n\t"
-        + name + "%tmm7, %tmm4, %tmm1\n\t"
-        + name + "%tmm6, %tmm5, %tmm2\n\t"
-        + name + "%tmm7, %tmm5, %tmm3"
-    ]()
+    comptime text = two if parts == 2 else one
+    inlined_assembly[text, NoneType, constraints="r,r,r,r,~{memory}", has_side_effect=True](
+        left, right, stride, PANEL_LINE_BYTES
+    )
 
 
 @always_inline
@@ -85,31 +89,18 @@ def multiply_tiles[
 ](
     rows: Packed[type], row_stride: Int, panel: Packed[type], steps: Int, to: Floats, to_stride: Int
 ):
-    """Stores the sums of 32 rows with a panel: float32 of bfloat16, int32 of int8.
+    """Stores the sums of 16 rows with a panel: float32 of bfloat16, int32 of int8.
 
     `row_stride` in numbers of the operands, `to_stride` in sums.
     """
-    comptime columns = STEP_BYTES
-    comptime line = 2 * STEP_BYTES
     var stride = row_stride * (2 if type == DType.bfloat16 else 1)
     var left = Int(rows)
     var right = Int(panel)
     run_assembly[ZERO]()
     for _ in range(steps):
-        comptime if parts == 2:
-            # The small products first; the parts that both halves of the work need stay loaded.
-            move_pair[LOAD_ROWS](left + STEP_BYTES, TILE_ROWS * stride, stride)
-            move_pair[LOAD_PANEL](right, columns, line)
-            multiply_step[type]()
-            move_pair[LOAD_ROWS](left, TILE_ROWS * stride, stride)
-            multiply_step[type]()
-            move_pair[LOAD_PANEL](right + PANEL_STEP_BYTES, columns, line)
-            multiply_step[type]()
-        else:
-            move_pair[LOAD_ROWS](left, TILE_ROWS * stride, stride)
-            move_pair[LOAD_PANEL](right, columns, line)
-            multiply_step[type]()
+        multiply_step[type, parts](left, right, stride)
         left += parts * STEP_BYTES
         right += parts * PANEL_STEP_BYTES
-    move_pair[STORE_UPPER](Int(to), columns, 4 * to_stride)
-    move_pair[STORE_LOWER](Int(to) + TILE_ROWS * 4 * to_stride, columns, 4 * to_stride)
+    inlined_assembly[STORE, NoneType, constraints="r,r,~{memory}", has_side_effect=True](
+        Int(to), 4 * to_stride
+    )
