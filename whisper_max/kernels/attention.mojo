@@ -179,14 +179,19 @@ def softmax[
 
 @always_inline
 def exp_by_scaling[rough: Bool](x: SIMD[F32, WORDS]) -> SIMD[F32, WORDS]:
-    """The exponential of numbers that are not positive, with AVX-512, in half the instructions.
+    """The exponential of numbers that are not positive, with AVX-512, in half the instructions."""
+    return power_of_two[rough](x * LOG2_E)
 
-    2^p is 2^floor(p), by which `vscalefps` scales, times a polynomial of what floor takes away.
-    Relative error below (2 + |x|) / 2^24, and exact for 0: so weights next to the highest are off
+
+@always_inline
+def power_of_two[rough: Bool](power: SIMD[F32, WORDS]) -> SIMD[F32, WORDS]:
+    """2^p, where p is not positive, with AVX-512.
+
+    It is 2^floor(p), by which `vscalefps` scales, times a polynomial of what floor takes away.
+    Relative error of an exponential e^x below (2 + |x|) / 2^24, and exact for 0: so weights next to the highest are off
     by no more than float32 is. Where `rough`, below 1e-4, a 20th of that of rounding to bfloat16.
     Coefficients by weighted least squares.
     """
-    var power = x * LOG2_E
     var rest = llvm_intrinsic["llvm.x86.avx512.mask.reduce.ps.512", SIMD[F32, WORDS]](
         power, Int32(FLOOR), power, Int16(-1), Int32(CURRENT_ROUNDING)
     )
@@ -207,6 +212,52 @@ def exp_by_scaling[rough: Bool](x: SIMD[F32, WORDS]) -> SIMD[F32, WORDS]:
     return llvm_intrinsic["llvm.x86.avx512.mask.scalef.ps.512", SIMD[F32, WORDS]](
         y, power, y, Int16(-1), Int32(CURRENT_ROUNDING)
     )
+
+
+@always_inline
+def look_for_highest(block: Floats, frames: Int, highest: Floats):
+    """Raises the highest scores of 16 rows, `[16, 16]`, by those of a block, `[16, 32]`.
+
+    Keys that only fill the last panel up, from `frames` on, are masked.
+    """
+    for r in range(TILE_ROWS):
+        var at = block.unsafe_offset(r * PANEL)
+        if frames < PANEL:
+            mask(at, frames, PANEL)
+        var left = at.unsafe_load[width=WORDS]()
+        var right = at.unsafe_offset(WORDS).unsafe_load[width=WORDS]()
+        var high = highest.unsafe_offset(r * WORDS)
+        var both = higher[WORDS](left, right)
+        high.unsafe_store(higher[WORDS](both, high.unsafe_load[width=WORDS]()))
+
+
+@always_inline
+def weigh[
+    parts: Int
+](
+    block: Floats,
+    levels: Array[Float32, TILE_ROWS],
+    mut totals: Array[SIMD[F32, WORDS], TILE_ROWS],
+):
+    """Makes weights of the scores of 16 rows with a panel: 2 to their power, less a row's level.
+
+    They take the place of the scores as one tile of bfloat16, or as two of parts side by side.
+    """
+    var to = Packed[BF16](unsafe_from_address=Int(block))
+    for r in range(TILE_ROWS):
+        var total = totals[r]
+        # Both are read before the first is written: a row of weights begins where scores are.
+        var scores = block.unsafe_offset(r * PANEL).unsafe_load[width=PANEL]() - levels[r]
+        comptime for half in range(0, PANEL, WORDS):
+            var weight = power_of_two[parts == 1](scores.slice[WORDS, offset=half]())
+            var rounded = weight.cast[BF16]()
+            to.unsafe_offset(r * parts * PANEL + half).unsafe_store(rounded)
+            comptime if parts == 2:
+                to.unsafe_offset(r * parts * PANEL + PANEL + half).unsafe_store(
+                    (weight - rounded.cast[F32]()).cast[BF16]()
+                )
+            total += weight
+        totals[r] = total
 
 
 @fieldwise_init
@@ -236,7 +287,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         comptime if Self.tiles:
             begin_tiles()
             for row in range(0, rows, ROWS_BY_TILES):
-                self.attend_in_tiles(scores, stride, row, min(ROWS_BY_TILES, rows - row))
+                self.attend_in_tiles(scores, row, min(ROWS_BY_TILES, rows - row))
             end_tiles()
         else:
             var row = 0
@@ -313,52 +364,62 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                     scores.unsafe_offset(r * stride + i).unsafe_load()
                 )
 
-    def attend_in_tiles(self, scores: Floats, stride: Int, row: Int, rows: Int):
-        """Attends with up to ROWS_BY_TILES rows; what tiles make of further ones is unused."""
+    def attend_in_tiles(self, scores: Floats, row: Int, rows: Int):
+        """Attends with up to ROWS_BY_TILES rows; what tiles make of further ones is unused.
+
+        Scores stand in blocks of 16 rows by 32 frames, `[rows / 16, panels, 16, 32]`: two tiles of
+        sums, which become one or two of weights. They are those of base 2.
+        """
         comptime parts = parts_of[Self.type, True]()
-        var length = padded(self.frames)
+        comptime block = TILE_ROWS * PANEL
+        var panels = padded(self.frames) // PANEL
         var line = unsafe_stack_allocation[HEAD_DIM, Float32, alignment=64]()
         var query = unsafe_stack_allocation[
             ROWS_BY_TILES * parts * HEAD_DIM, Scalar[BF16], alignment=64
         ]()
-        var totals = unsafe_stack_allocation[ROWS_BY_TILES, Float32]()
-        var sums = unsafe_stack_allocation[TILE_ROWS * PANEL, Float32, alignment=64]()
+        var highest = unsafe_stack_allocation[ROWS_BY_TILES * WORDS, Float32, alignment=64]()
+        var sums = unsafe_stack_allocation[block, Float32, alignment=64]()
         for r in range(rows):
-            self.take_query(row + r, raw(line))
+            self.take_query[SCALE * LOG2_E](row + r, raw(line))
             store_bfloat16[parts](
                 raw(line), raw(query).unsafe_offset(r * parts * HEAD_DIM), HEAD_DIM
             )
+        for i in range(0, ROWS_BY_TILES * WORDS, WORDS):
+            highest.unsafe_offset(i).unsafe_store(SIMD[F32, WORDS](MASKED))
         var keys = Packed[BF16](unsafe_from_address=Int(self.keys))
-        for panel in range(length // PANEL):
+        for panel in range(panels):
             for r in range(0, rows, TILE_ROWS):
+                var to = scores.unsafe_offset((r // TILE_ROWS * panels + panel) * block)
                 multiply_tiles[parts](
                     raw(query).unsafe_offset(r * parts * HEAD_DIM),
                     parts * HEAD_DIM,
+                    parts * PAIRS_STEP,
                     keys.unsafe_offset(panel * parts * HEAD_DIM * PANEL),
                     HEAD_DIM // PAIRS_STEP,
-                    scores.unsafe_offset(r * stride + panel * PANEL),
-                    stride,
+                    to,
+                    PANEL,
                 )
-        self.keep_scores(scores, stride, row, rows)
-        var weights = Packed[BF16](unsafe_from_address=Int(scores))
-        for r in range(rows):
-            var scores_of_row = scores.unsafe_offset(r * stride)
-            mask(scores_of_row, self.frames, length)
-            totals.unsafe_offset(r).unsafe_store(
-                softmax[Self.width, parts == 1](
-                    scores_of_row, length, highest_of(scores_of_row, length)
-                )
-            )
-            comptime if parts > 1:
-                store_bfloat16[parts](scores_of_row, weights.unsafe_offset(2 * r * stride), length)
+                var frames = min(PANEL, self.frames - panel * PANEL)
+                look_for_highest(to, frames, raw(highest).unsafe_offset(r * WORDS))
+
         var values = Packed[BF16](unsafe_from_address=Int(self.values))
         for r in range(0, rows, TILE_ROWS):
+            var of_rows = scores.unsafe_offset(r * panels * PANEL)
+            var totals = Array[SIMD[F32, WORDS], TILE_ROWS](fill=SIMD[F32, WORDS](0))
+            var levels = Array[Float32, TILE_ROWS](fill=0)
+            for i in range(TILE_ROWS):
+                levels[i] = (
+                    highest.unsafe_offset((r + i) * WORDS).unsafe_load[width=WORDS]().reduce_max()
+                )
+            for panel in range(panels):
+                weigh[parts](of_rows.unsafe_offset(panel * block), levels, totals)
             comptime for half in range(HEAD_DIM // PANEL):
                 multiply_tiles[parts](
-                    weights.unsafe_offset(2 * r * stride),
-                    2 * stride,
-                    values.unsafe_offset(half * parts * length * PANEL),
-                    length // PAIRS_STEP,
+                    Packed[BF16](unsafe_from_address=Int(of_rows)),
+                    parts * PAIRS_STEP,
+                    2 * block,
+                    values.unsafe_offset(half * parts * panels * PANEL * PANEL),
+                    panels,
                     raw(sums),
                     PANEL,
                 )
@@ -366,7 +427,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                     var mixed = raw(sums).unsafe_offset(i * PANEL).unsafe_load[width=PANEL]()
                     self.output.unsafe_offset(
                         (row + r + i) * self.output_stride + half * PANEL
-                    ).unsafe_store(mixed / totals.unsafe_offset(r + i).unsafe_load())
+                    ).unsafe_store(mixed / totals[i].reduce_add())
 
     @staticmethod
     def streams[rows: Int]() -> Bool:
@@ -374,12 +435,12 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         return rows < tile_rows[Self.width]()
 
     @always_inline
-    def take_query(self, row: Int, to: Floats):
+    def take_query[scale: Float32 = SCALE](self, row: Int, to: Floats):
         """Copies one row of the queries, scaled."""
         var source = self.query.unsafe_offset(row * self.query_stride)
         comptime for d in range(0, HEAD_DIM, Self.width):
             to.unsafe_offset(d).unsafe_store(
-                source.unsafe_offset(d).unsafe_load[width=Self.width]() * SCALE
+                source.unsafe_offset(d).unsafe_load[width=Self.width]() * scale
             )
 
     @always_inline

@@ -387,7 +387,13 @@ struct Panel[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         var a = left.row(block, row)
         comptime if Self.tiles:
             multiply_tiles[Self.Left.parts](
-                a, Self.Left.stride, self.numbers, ceildiv(length, Self.Left.step), to, PANEL
+                a,
+                Self.Left.stride,
+                Self.Left.parts * Self.Left.step,
+                self.numbers,
+                ceildiv(length, Self.Left.step),
+                to,
+                PANEL,
             )
         elif Self.stored == F32:
             self.multiply_floats(Floats(unsafe_from_address=Int(a)), length, to)

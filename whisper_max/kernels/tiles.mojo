@@ -87,19 +87,26 @@ def multiply_step[product: DType, parts: Int](left: Int, right: Int, stride: Int
 def multiply_tiles[
     type: DType, //, parts: Int
 ](
-    rows: Packed[type], row_stride: Int, panel: Packed[type], steps: Int, to: Floats, to_stride: Int
+    rows: Packed[type],
+    row_stride: Int,
+    step: Int,
+    panel: Packed[type],
+    steps: Int,
+    to: Floats,
+    to_stride: Int,
 ):
     """Stores the sums of 16 rows with a panel: float32 of bfloat16, int32 of int8.
 
-    `row_stride` in numbers of the operands, `to_stride` in sums.
+    From row to row there are `row_stride` numbers of the operands, from one step of the rows to the
+    next `step`, and `to_stride` sums from one row of them to the next.
     """
-    var stride = row_stride * (2 if type == DType.bfloat16 else 1)
+    comptime size = 2 if type == DType.bfloat16 else 1
     var left = Int(rows)
     var right = Int(panel)
     run_assembly[ZERO]()
     for _ in range(steps):
-        multiply_step[type, parts](left, right, stride)
-        left += parts * STEP_BYTES
+        multiply_step[type, parts](left, right, size * row_stride)
+        left += size * step
         right += parts * PANEL_STEP_BYTES
     inlined_assembly[STORE, NoneType, constraints="r,r,~{memory}", has_side_effect=True](
         Int(to), 4 * to_stride
