@@ -232,7 +232,7 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     comptime step = 1 if not Self.tiles else STEP_BYTES if Self.stored == I8 else PAIRS_STEP
     """Rows and panels are filled up to a multiple of it, with zeros."""
     comptime block_length = BLOCK_LENGTH // (
-        2 * Self.parts if Self.tiles and Self.stored == BF16 else 1
+        2 if Self.tiles and Self.stored == BF16 else 1
     )
     """Of the shared axis, at most: a panel of it stays in the caches of a core."""
     comptime stride = Self.parts * Self.block_length + (
