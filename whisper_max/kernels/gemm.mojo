@@ -44,19 +44,18 @@ def tile_rows[width: Int]() -> Int:
 def fetch[type: DType, //, rows: Int, count: Int](at: Packed[type]):
     """Asks for `count` numbers some way behind `at`, in a panel that `rows` rows stream.
 
-    What stands there need not be ours. One row needs so little time for a line that the processor
-    reads as far ahead by itself. Where products take longer than memory, what is asked for waits in
-    the second-level cache: in the first one are the rows.
+    What stands there need not be ours. Where products take longer than memory, what is asked for
+    waits in the second-level cache: in the first one are the rows. Elsewhere it is asked for twice,
+    from memory and then from that cache.
     """
-    comptime if rows > 0:
-        comptime is_product_bound = rows > 2 * size_of[Scalar[type]]()
-        comptime ahead = (8192 if is_product_bound else 4096) // size_of[Scalar[type]]()
-        comptime options = PrefetchOptions().for_read().to_data_cache()
-        comptime for i in range(0, count, CACHE_LINE // size_of[Scalar[type]]()):
-            comptime if is_product_bound:
-                prefetch[options.low_locality()](at.unsafe_offset(ahead + i))
-            else:
-                prefetch[options.high_locality()](at.unsafe_offset(ahead + i))
+    comptime is_product_bound = rows > 2 * size_of[Scalar[type]]()
+    comptime far = (8192 if is_product_bound else 16384) // size_of[Scalar[type]]()
+    comptime near = 4096 // size_of[Scalar[type]]()
+    comptime options = PrefetchOptions().for_read().to_data_cache()
+    comptime for i in range(0, count, CACHE_LINE // size_of[Scalar[type]]()):
+        prefetch[options.low_locality()](at.unsafe_offset(far + i))
+        comptime if not is_product_bound:
+            prefetch[options.high_locality()](at.unsafe_offset(near + i))
 
 
 @always_inline
