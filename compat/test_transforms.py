@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import whisper_max
 from harness import on_max, with_fallback
 from strategies import numbers, small, token_rows
+from tolerances import PROMISES
 
 MEL, FEATURES = numbers((2, 80, 120), 1), numbers((1, 60, 128), 2)
 TOKENS = token_rows((2, 5), 100, 3)
@@ -160,7 +161,11 @@ def test_other_weights_for_one_call(model):
     expected = calls()
     with on_max():
         whisper_max.accelerate(model)
-        torch.testing.assert_close(calls(), expected, rtol=1e-4, atol=1e-4)
+        for found, wanted in zip(calls(), expected, strict=True):
+            # What rounding adds up to; the two models' features differ by more than 1.
+            bound = max(1e-4, PROMISES["high"].largest_floor * wanted.abs().max().item())
+            torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
+    assert (expected[0] - expected[1]).abs().max() > 1
 
 
 @contextmanager

@@ -26,7 +26,7 @@ comptime SCORE_PADDING = 16
 """Added to the row distance of the scores: rows of a tile fall into different cache sets."""
 
 comptime ROWS_BY_TILES = 2 * TILE_ROWS
-"""Queries that tiles attend with at a time: the second sixteen find keys in the first-level cache."""
+"""Queries that tiles attend with at a time: the second 16 find keys in the first-level cache."""
 
 comptime LOG2_E: Float32 = 1.44269504
 comptime FLOOR = 1
@@ -188,9 +188,9 @@ def power_of_two[rough: Bool](power: SIMD[F32, WORDS]) -> SIMD[F32, WORDS]:
     """2^p, where p is not positive, with AVX-512.
 
     It is 2^floor(p), by which `vscalefps` scales, times a polynomial of what floor takes away.
-    Relative error of an exponential e^x below (2 + |x|) / 2^24, and exact for 0: so weights next to the highest are off
-    by no more than float32 is. Where `rough`, below 1e-4, a 20th of that of rounding to bfloat16.
-    Coefficients by weighted least squares.
+    Relative error of an exponential e^x below (2 + |x|) / 2^24, and exact for 0: so weights next to
+    the highest are off by no more than float32 is. Where `rough`, below 1e-4, a 20th of that of
+    rounding to bfloat16. Coefficients by weighted least squares.
     """
     var rest = llvm_intrinsic["llvm.x86.avx512.mask.reduce.ps.512", SIMD[F32, WORDS]](
         power, Int32(FLOOR), power, Int16(-1), Int32(CURRENT_ROUNDING)
