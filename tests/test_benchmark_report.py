@@ -107,6 +107,14 @@ def test_readme_shows_the_machine_measured_last(results):
     assert "4.00× faster-whisper int8" in block({"a": newer, "b": results})
 
 
+@pytest.mark.parametrize(
+    "level, needed", [("amx", "encoder needs AMX "), ("avx512", "int8 needs AVX512-BF16 and ")]
+)
+def test_readme_says_what_the_encoder_needs(results, level, needed):
+    results.machine["cpu_level"] = level
+    assert needed in block({"machine": results})
+
+
 def test_readme_shows_windows_of_the_largest_model_too(results):
     for group in (("step", "tiny"), ("encoder", "turbo"), ("window", "turbo")):
         for peer, seconds in (("whisper", 20.0), ("whisper_max-high", 10.0)):

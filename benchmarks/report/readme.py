@@ -73,8 +73,13 @@ def _legend(results: Results, model: str | None) -> str:
         f"First column: time of unpatched openai-whisper, in float32. Others: speed-up over it. "
         f"{cpu}, {threads} threads, {results.measured[:10]}. Model sizes are real, weights random; "
         f"{GROWN} has the size of {GROWN_SIZE} and understands synthetic speech; loading the model "
-        "and reading the file are not included. The encoder in medium and int8 needs AVX512-BF16 "
-        f"and AVX512-VNNI for this. A decoder step makes one token.{memory} whisper.cpp was not "
-        "measured, nor OpenVINO's decoding. "
+        f"and reading the file are not included. {_needed(results)} for this. A decoder step makes "
+        f"one token.{memory} whisper.cpp was not measured, nor OpenVINO's decoding. "
         "[All figures, and how they were measured](docs/benchmarks.md)"
     )
+
+
+def _needed(results: Results) -> str:
+    if results.machine.get("cpu_level") == "amx":
+        return "The encoder needs AMX"
+    return "The encoder in medium and int8 needs AVX512-BF16 and AVX512-VNNI"
