@@ -265,8 +265,9 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     """Rows of queries against one head's packed keys and values, in matrix tiles or in vectors.
 
     Row `r` of the queries starts at `r * query_stride`, of the output at `r * output_stride`.
-    Where `raw_scores` is set, the scaled scores before softmax are copied there, row by row at a
-    distance of `padded(frames)`: word timestamps are read from them.
+    Where `wants_scores`, the scaled scores before softmax are copied to `raw_scores`, row by row at
+    a distance of `padded(frames)`: word timestamps are read from them. Not in tiles, which only the
+    encoder uses.
     """
 
     var output: Floats

@@ -16,12 +16,11 @@ from std.sys import size_of
 from .attention import (
     HEAD_DIM, Attention, SelfAttention, head_size, pack_keys, pack_values, padded
 )
-from .gemm import F32, PANEL, Bytes, Floats, Packed, copy, raw, tile_rows
+from .gemm import F32, PANEL, Bytes, Floats, Packed, copy, raw
 from .phases import Phases, team_size
 from .norm import Norm, sum_of_squares
 from .products import Integers, PackedRows
 from .projection import FEW_ROWS, PACKED_ROWS, PROJECT_PHASES, Projection, project
-from .tiles import TILE_ROWS
 
 comptime QUERY_ROWS = 192
 """Queries of one head that one worker attends with at a time."""
@@ -174,7 +173,7 @@ struct EncoderAttention[type: DType, product: DType, width: Int, tiles: Bool](Im
     @always_inline
     def begin(self, block: Int) -> Int:
         """The first query of a block: whole tiles, but for the last of a window."""
-        comptime tile = TILE_ROWS if Self.tiles else tile_rows[Self.width]()
+        comptime tile = Self.Left.at_once
         var begin = ceildiv(self.frames, tile) * block // self.blocks() * tile
         return min(begin, self.frames)
 

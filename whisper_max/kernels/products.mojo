@@ -231,9 +231,7 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     """Rows that are multiplied at a time; of int16, which few rows are, as many as there are."""
     comptime step = 1 if not Self.tiles else STEP_BYTES if Self.stored == I8 else PAIRS_STEP
     """Rows and panels are filled up to a multiple of it, with zeros."""
-    comptime block_length = BLOCK_LENGTH // (
-        2 if Self.tiles and Self.stored == BF16 else 1
-    )
+    comptime block_length = BLOCK_LENGTH // (2 if Self.tiles and Self.stored == BF16 else 1)
     """Of the shared axis, at most: a panel of it stays in the caches of a core."""
     comptime stride = Self.parts * Self.block_length + (
         STEP_BYTES if Self.tiles and Self.stored == I8 else 32

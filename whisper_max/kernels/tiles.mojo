@@ -6,11 +6,14 @@ of a panel of the right one is 16 lines of 32 groups (products.mojo). An operand
 each step twice over, first what bfloat16 takes of a float32, then what it takes of the rest. Three
 products of parts then make one of float32, but for 2^-16 of it.
 
+Four of the eight registers are written, no more: two hyperthreads share what stands behind their
+names, and beside a busy one a loop that writes all eight waits for each load (docs/kernels.md).
+
 LLVM offers these instructions only where they are asked for at the command line: so assembly.
 """
 
 from std.memory import unsafe_stack_allocation
-from std.sys import inlined_assembly
+from std.sys import inlined_assembly, size_of
 
 from .gemm import F32, PANEL, Floats, Packed
 
@@ -62,6 +65,7 @@ def multiply_step[product: DType, parts: Int](left: Int, right: Int, stride: Int
     The rows go to tile 2, one half of a panel after the other to tile 3. Of two parts the small
     products come first.
     """
+    comptime assert STEP_BYTES == 64 and PANEL_STEP_BYTES == 2048  # as the addresses have it
     comptime rows = "tileloadd ($0,$2,1), %tmm2\n\t"
     comptime rest_of_rows = "tileloadd 64($0,$2,1), %tmm2\n\t"
     comptime left_half = "tileloadd ($1,$3,1), %tmm3\n\t"
@@ -100,7 +104,7 @@ def multiply_tiles[
     From row to row there are `row_stride` numbers of the operands, from one step of the rows to the
     next `step`, and `to_stride` sums from one row of them to the next.
     """
-    comptime size = 2 if type == DType.bfloat16 else 1
+    comptime size = size_of[Scalar[type]]()
     var left = Int(rows)
     var right = Int(panel)
     run_assembly[ZERO]()
