@@ -58,3 +58,21 @@ def test_memory_in_any_order(strict, recipe, seed, order):
         "narrowed": lambda: numbers((3, n_mels, frames + 7), seed)[:, :, 5 : frames + 5],
     }[order]()
     check(recipe.build(), mel)
+
+
+@pytest.mark.parametrize("height", [64.0, 128.0, 1024.0])
+@pytest.mark.parametrize("frame", [0, 40, 249])
+def test_one_frame_far_above_all_others(precision, height, frame):
+    """Tiles begin to weigh before they know the highest score, and have to notice that it comes."""
+    model = official(384, layers=1, n_audio_ctx=250).build()
+    direction = numbers((384,), 4).sign()
+    attention = model.encoder.blocks[0].attn
+    with torch.no_grad():
+        model.encoder.positional_embedding[frame] = 100 * direction
+        # Channel 0 of each head's key tells how far a frame lies in that direction, 0.75 at most.
+        attention.key.weight.zero_()
+        attention.key.weight[::64] = direction / 512
+        attention.query.weight.zero_()
+        attention.query.bias.zero_()
+        attention.query.bias[::64] = 8 * height
+    check(model, numbers((1, 80, 500), 5), precision)

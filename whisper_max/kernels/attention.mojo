@@ -15,9 +15,19 @@ from std.sys import llvm_intrinsic
 from .gemm import F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
 from .packing import LINES, store_turned
 from .products import (
-    BF16, PAIRS_STEP, WORDS, Words, accumulate_pairs, store_bfloat16, store_pairs, words_of
+    BF16,
+    PAIRS_STEP,
+    WORDS,
+    Words,
+    accumulate_pairs,
+    split_in_place,
+    store_bfloat16,
+    store_pairs,
+    words_of,
 )
-from .tiles import TILE_ROWS, begin_tiles, end_tiles, multiply_tiles, parts_of
+from .tiles import (
+    TILE_ROWS, begin_tiles, end_tiles, multiply_beside, multiply_tiles, parts_of, turns_beside
+)
 
 comptime HEAD_DIM = 64
 comptime SCALE: Float32 = 0.125
@@ -27,6 +37,8 @@ comptime SCORE_PADDING = 16
 
 comptime ROWS_BY_TILES = 2 * TILE_ROWS
 """Queries that tiles attend with at a time: the second 16 find keys in the first-level cache."""
+comptime HIGHEST_TOTAL: Float32 = 18446744073709551616.0
+"""2^64: of a row's weights in tiles. What they are multiplied with has 2^60 left to overflow."""
 
 comptime LOG2_E: Float32 = 1.44269504
 comptime FLOOR = 1
@@ -215,15 +227,10 @@ def power_of_two[rough: Bool](power: SIMD[F32, WORDS]) -> SIMD[F32, WORDS]:
 
 
 @always_inline
-def look_for_highest(block: Floats, frames: Int, highest: Floats):
-    """Raises the highest scores of 16 rows, `[16, 16]`, by those of a block, `[16, 32]`.
-
-    Keys that only fill the last panel up, from `frames` on, are masked.
-    """
+def look_for_highest(block: Floats, highest: Floats):
+    """Raises the highest scores of 16 rows, `[16, 16]`, by those of a block, `[16, 32]`."""
     for r in range(TILE_ROWS):
         var at = block.unsafe_offset(r * PANEL)
-        if frames < PANEL:
-            mask(at, frames, PANEL)
         var left = at.unsafe_load[width=WORDS]()
         var right = at.unsafe_offset(WORDS).unsafe_load[width=WORDS]()
         var high = highest.unsafe_offset(r * WORDS)
@@ -232,39 +239,40 @@ def look_for_highest(block: Floats, frames: Int, highest: Floats):
 
 
 @always_inline
-def weigh[
+def weigh_row[
     parts: Int
-](
-    block: Floats,
-    levels: Array[Float32, TILE_ROWS],
-    mut totals: Array[SIMD[F32, WORDS], TILE_ROWS],
-):
-    """Makes weights of the scores of 16 rows with a panel: 2 to their power, less a row's level.
+](scores: Floats, level: Float32, to: Packed[BF16], totals: Floats):
+    """Makes weights of the scores of a row with a panel: 2 to their power, less the row's level.
 
-    They take the place of the scores as one tile of bfloat16, or as two of parts side by side.
+    They are a row of a tile of bfloat16, or of two of parts side by side, and are added to 16
+    totals.
     """
-    var to = Packed[BF16](unsafe_from_address=Int(block))
-    for r in range(TILE_ROWS):
-        var total = totals[r]
-        # Both are read before the first is written: a row of weights begins where scores are.
-        var scores = block.unsafe_offset(r * PANEL).unsafe_load[width=PANEL]() - levels[r]
-        comptime for half in range(0, PANEL, WORDS):
-            var weight = power_of_two[parts == 1](scores.slice[WORDS, offset=half]())
-            var rounded = weight.cast[BF16]()
-            to.unsafe_offset(r * parts * PANEL + half).unsafe_store(rounded)
-            comptime if parts == 2:
-                to.unsafe_offset(r * parts * PANEL + PANEL + half).unsafe_store(
-                    (weight - rounded.cast[F32]()).cast[BF16]()
-                )
-            total += weight
-        totals[r] = total
+    var total = totals.unsafe_load[width=WORDS]()
+    var powers = scores.unsafe_load[width=PANEL]() - level
+    comptime for half in range(0, PANEL, WORDS):
+        var weight = power_of_two[parts == 1](powers.slice[WORDS, offset=half]())
+        var rounded = weight.cast[BF16]()
+        to.unsafe_offset(half).unsafe_store(rounded)
+        comptime if parts == 2:
+            to.unsafe_offset(PANEL + half).unsafe_store(
+                (weight - rounded.cast[F32]()).cast[BF16]()
+            )
+        total += weight
+    totals.unsafe_store(total)
+
+
+@always_inline
+def total_of(totals: Floats, row: Int) -> Float32:
+    """The sum of a row's weights, of which `totals` hold 16 parts."""
+    return totals.unsafe_offset(row * WORDS).unsafe_load[width=WORDS]().reduce_add()
 
 
 @fieldwise_init
 struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     """Rows of queries against one head's packed keys and values, in matrix tiles or in vectors.
 
-    Row `r` of the queries starts at `r * query_stride`, of the output at `r * output_stride`.
+    Row `r` of the queries starts at `r * query_stride`, of the output at `r * output_stride`. Tiles
+    leave it in two parts of bfloat16, step by step, where it `splits_output`.
     Where `wants_scores`, the scaled scores before softmax are copied to `raw_scores`, row by row at
     a distance of `padded(frames)`: word timestamps are read from them. Not in tiles, which only the
     encoder uses.
@@ -277,6 +285,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     var keys: Packed[Self.type]
     var values: Packed[Self.type]
     var frames: Int
+    var splits_output: Bool
     var raw_scores: Floats
     var wants_scores: Bool
 
@@ -288,7 +297,11 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         comptime if Self.tiles:
             begin_tiles()
             for row in range(0, rows, ROWS_BY_TILES):
-                self.attend_in_tiles(scores, row, min(ROWS_BY_TILES, rows - row))
+                self.attend_in_tiles(
+                    Packed[BF16](unsafe_from_address=Int(scores)),
+                    row,
+                    min(ROWS_BY_TILES, rows - row),
+                )
             end_tiles()
         else:
             var row = 0
@@ -365,60 +378,142 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                     scores.unsafe_offset(r * stride + i).unsafe_load()
                 )
 
-    def attend_in_tiles(self, scores: Floats, row: Int, rows: Int):
+    def attend_in_tiles(self, weights: Packed[BF16], row: Int, rows: Int):
         """Attends with up to ROWS_BY_TILES rows; what tiles make of further ones is unused.
 
-        Scores stand in blocks of 16 rows by 32 frames, `[rows / 16, panels, 16, 32]`: two tiles of
-        sums, which become one or two of weights. They are those of base 2.
+        A row's weights are 2 to its scores, less a level that need not be the highest of them: what
+        makes a weight too large for float32 is far above. So it is that of the first frames, and a
+        panel is weighed while the next one is multiplied. Where a sum tells that it was too low, all
+        is done again with the highest of all.
         """
         comptime parts = parts_of[Self.type, True]()
-        comptime block = TILE_ROWS * PANEL
-        var panels = padded(self.frames) // PANEL
         var line = unsafe_stack_allocation[HEAD_DIM, Float32, alignment=64]()
         var query = unsafe_stack_allocation[
             ROWS_BY_TILES * parts * HEAD_DIM, Scalar[BF16], alignment=64
         ]()
-        var highest = unsafe_stack_allocation[ROWS_BY_TILES * WORDS, Float32, alignment=64]()
-        var sums = unsafe_stack_allocation[block, Float32, alignment=64]()
         for r in range(rows):
             self.take_query[SCALE * LOG2_E](row + r, raw(line))
             store_bfloat16[parts](
                 raw(line), raw(query).unsafe_offset(r * parts * HEAD_DIM), HEAD_DIM
             )
+        var totals = raw(
+            unsafe_stack_allocation[ROWS_BY_TILES * WORDS, Float32, alignment=64]()
+        )
+        self.weigh(raw(query), rows, 1, weights, totals)
+        for r in range(rows):
+            if total_of(totals, r) > HIGHEST_TOTAL:
+                self.weigh(raw(query), rows, padded(self.frames) // PANEL, weights, totals)
+                break
+        self.mix_by_tiles(weights, totals, row, rows)
+
+    def weigh(
+        self,
+        query: Packed[BF16],
+        rows: Int,
+        panels_to_look_at: Int,
+        weights: Packed[BF16],
+        totals: Floats,
+    ):
+        """The weights of up to ROWS_BY_TILES rows, `[rows / 16, panels, 16, parts, 32]`.
+
+        A row's level is its highest score in the first panels. Scores are those of base 2.
+
+        totals : [ROWS_BY_TILES, 16], which add up to the sums of the weights
+        """
+        comptime parts = parts_of[Self.type, True]()
+        comptime steps = HEAD_DIM // PAIRS_STEP
+        comptime turns = turns_beside[parts, steps]()
+        comptime block = TILE_ROWS * PANEL
+        var panels = padded(self.frames) // PANEL
+        var keys = Packed[BF16](unsafe_from_address=Int(self.keys))
+        # Of each 16 rows the scores with this panel and with the next one.
+        var scores = raw(
+            unsafe_stack_allocation[2 * ROWS_BY_TILES * PANEL, Float32, alignment=64]()
+        )
+        var highest = unsafe_stack_allocation[ROWS_BY_TILES * WORDS, Float32, alignment=64]()
         for i in range(0, ROWS_BY_TILES * WORDS, WORDS):
             highest.unsafe_offset(i).unsafe_store(SIMD[F32, WORDS](MASKED))
-        var keys = Packed[BF16](unsafe_from_address=Int(self.keys))
+
+        @always_inline
+        def score_beside[
+            Work: def(Int) -> None, //
+        ](first_row: Int, panel: Int, work: Work) {imm} -> Floats:
+            var to = scores.unsafe_offset(
+                (first_row // TILE_ROWS * 2 + panel % 2) * block
+            )
+            multiply_beside[parts, steps](
+                query.unsafe_offset(first_row * parts * HEAD_DIM),
+                parts * HEAD_DIM,
+                parts * PAIRS_STEP,
+                keys.unsafe_offset(panel * parts * HEAD_DIM * PANEL),
+                to,
+                PANEL,
+                work,
+            )
+            if (panel + 1) * PANEL > self.frames:
+                for r in range(TILE_ROWS):
+                    mask(to.unsafe_offset(r * PANEL), self.frames - panel * PANEL, PANEL)
+            return to
+
+        @always_inline
+        def nothing(turn: Int):
+            pass
+
+        for panel in range(panels_to_look_at):
+            for r in range(0, rows, TILE_ROWS):
+                look_for_highest(
+                    score_beside(r, panel, nothing), raw(highest).unsafe_offset(r * WORDS)
+                )
+        var levels = raw(unsafe_stack_allocation[ROWS_BY_TILES, Float32]())
+        for r in range(ROWS_BY_TILES):
+            levels.unsafe_offset(r).unsafe_store(
+                highest.unsafe_offset(r * WORDS).unsafe_load[width=WORDS]().reduce_max()
+            )
+            totals.unsafe_offset(r * WORDS).unsafe_store(SIMD[F32, WORDS](0))
+        for r in range(0, rows, TILE_ROWS):
+            _ = score_beside(r, 0, nothing)
         for panel in range(panels):
             for r in range(0, rows, TILE_ROWS):
-                var to = scores.unsafe_offset((r // TILE_ROWS * panels + panel) * block)
-                multiply_tiles[parts](
-                    raw(query).unsafe_offset(r * parts * HEAD_DIM),
-                    parts * HEAD_DIM,
-                    parts * PAIRS_STEP,
-                    keys.unsafe_offset(panel * parts * HEAD_DIM * PANEL),
-                    HEAD_DIM // PAIRS_STEP,
-                    to,
-                    PANEL,
-                )
-                var frames = min(PANEL, self.frames - panel * PANEL)
-                look_for_highest(to, frames, raw(highest).unsafe_offset(r * WORDS))
 
+                @always_inline
+                def weigh_some(turn: Int) {imm}:
+                    for i in range(TILE_ROWS * turn // turns, TILE_ROWS * (turn + 1) // turns):
+                        weigh_row[parts](
+                            scores.unsafe_offset(
+                                (r // TILE_ROWS * 2 + panel % 2) * block + i * PANEL
+                            ),
+                            levels.unsafe_offset(r + i).unsafe_load(),
+                            weights.unsafe_offset(
+                                ((r // TILE_ROWS * panels + panel) * TILE_ROWS + i) * parts * PANEL
+                            ),
+                            totals.unsafe_offset((r + i) * WORDS),
+                        )
+
+                if panel + 1 < panels:
+                    _ = score_beside(r, panel + 1, weigh_some)
+                else:
+                    for turn in range(turns):
+                        weigh_some(turn)
+
+    def mix_by_tiles(
+        self,
+        weights: Packed[BF16],
+        totals: Floats,
+        row: Int,
+        rows: Int,
+    ):
+        """The values, weighted by what `weigh` leaves."""
+        comptime parts = parts_of[Self.type, True]()
+        comptime tile = TILE_ROWS * parts * PANEL
+        var panels = padded(self.frames) // PANEL
+        var sums = unsafe_stack_allocation[TILE_ROWS * PANEL, Float32, alignment=64]()
         var values = Packed[BF16](unsafe_from_address=Int(self.values))
-        for r in range(0, rows, TILE_ROWS):
-            var of_rows = scores.unsafe_offset(r * panels * PANEL)
-            var totals = Array[SIMD[F32, WORDS], TILE_ROWS](fill=SIMD[F32, WORDS](0))
-            var levels = Array[Float32, TILE_ROWS](fill=0)
-            for i in range(TILE_ROWS):
-                levels[i] = (
-                    highest.unsafe_offset((r + i) * WORDS).unsafe_load[width=WORDS]().reduce_max()
-                )
-            for panel in range(panels):
-                weigh[parts](of_rows.unsafe_offset(panel * block), levels, totals)
-            comptime for half in range(HEAD_DIM // PANEL):
+        comptime for half in range(HEAD_DIM // PANEL):
+            for r in range(0, rows, TILE_ROWS):
                 multiply_tiles[parts](
-                    Packed[BF16](unsafe_from_address=Int(of_rows)),
+                    weights.unsafe_offset(r // TILE_ROWS * panels * tile),
                     parts * PAIRS_STEP,
-                    2 * block,
+                    tile,
                     values.unsafe_offset(half * parts * panels * PANEL * PANEL),
                     panels,
                     raw(sums),
@@ -426,9 +521,12 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                 )
                 for i in range(min(TILE_ROWS, rows - r)):
                     var mixed = raw(sums).unsafe_offset(i * PANEL).unsafe_load[width=PANEL]()
-                    self.output.unsafe_offset(
+                    var to = self.output.unsafe_offset(
                         (row + r + i) * self.output_stride + half * PANEL
-                    ).unsafe_store(mixed / totals[i].reduce_add())
+                    )
+                    to.unsafe_store(mixed / total_of(totals, r + i))
+                    if self.splits_output:
+                        split_in_place(to)
 
     @staticmethod
     def streams[rows: Int]() -> Bool:

@@ -187,10 +187,10 @@ struct EncoderAttention[type: DType, product: DType, width: Int, tiles: Bool](Im
         var column = (head % self.heads) * HEAD_DIM
         var to = self.attended.unsafe_offset(row * n + column)
         var stride = n
-        comptime if Self.Left.stored == F32:
+        comptime if Self.Left.takes_floats:
             if self.direct:
                 to = self.left.floats(row, column)
-                stride = Self.Left.stride
+                stride = Self.Left.float_stride
         Attention[Self.type, Self.width, Self.tiles](
             output=to,
             output_stride=stride,
@@ -199,6 +199,7 @@ struct EncoderAttention[type: DType, product: DType, width: Int, tiles: Bool](Im
             keys=self.keys.unsafe_offset(head * head_size(self.frames)),
             values=self.values.unsafe_offset(head * head_size(self.frames)),
             frames=self.frames,
+            splits_output=self.direct and Self.Left.parts == 2,
             raw_scores=self.attended,
             wants_scores=False,
         ).run(end - begin)
@@ -259,9 +260,9 @@ struct EncoderBlocks:
         copy[width](raw(x.unsafe_ptr()), stream, rows * n)
         comptime Layer = Projection[type, width, product, tiles]
         comptime Left = Layer.Left
-        # Float32 is multiplied as it is: attended values and the hidden layer of the MLP, which are
-        # only multiplied, go where packed rows are.
-        var direct = Left.stored == F32 and rows > FEW_ROWS
+        # Attended values and the hidden layer of the MLP are only multiplied: they go where packed
+        # rows are, if those take as much.
+        var direct = Left.takes_floats and rows > FEW_ROWS
         # The hidden layer (4n) takes the place of qkv (3n) and the attended values (n).
         var hidden = unsafe_alloc[Float32](
             Left.bytes(rows, 4 * n) // size_of[Float32]() if direct else rows * 4 * n, alignment=64
@@ -387,6 +388,7 @@ struct CrossAttention[type: DType, width: Int](ImplicitlyCopyable):
             keys=self.keys.unsafe_offset(packed),
             values=self.values.unsafe_offset(packed),
             frames=self.frames,
+            splits_output=False,
             raw_scores=self.scores.unsafe_offset(scores_row * padded(self.frames)),
             wants_scores=slot >= 0,
         ).run(self.rows)

@@ -33,7 +33,8 @@ comptime BLOCK_LENGTH = 512
 comptime BLOCK_STEP = 64
 """Blocks along the shared axis are multiples of it: none cuts a panel or a head."""
 comptime CACHED_BYTES = 192 * 544 * 4
-"""Of a left operand: less than half of the smallest second-level cache beside AVX-512."""
+"""Of a left operand: less than half of the smallest second-level cache beside AVX-512. Tiles, which
+wait for each line of it, get half of that: another hyperthread has its own in that cache."""
 comptime ROWS_STEP = 96
 """Blocks of rows are made of whole tiles, of 12 rows or 16, and of whole panels of keys."""
 comptime SMALLEST: Float32 = 1e-30
@@ -169,6 +170,12 @@ def store_bfloat16[parts: Int = 1](source: Floats, to: Packed[BF16], count: Int)
 
 
 @always_inline
+def split_in_place(step: Floats):
+    """Makes two parts of the float32 numbers of a step, where they stand."""
+    store_bfloat16[2](step, Packed[BF16](unsafe_from_address=Int(step)), PAIRS_STEP)
+
+
+@always_inline
 def line_of[type: DType](panel: Packed[type], k: Int, length: Int) -> SIMD[type, PANEL]:
     """Line `k` of a packed panel; zeros behind its end, to fill the last group."""
     if k < length:
@@ -237,8 +244,16 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         STEP_BYTES if Self.tiles and Self.stored == I8 else 32
     )
     """Row distance: constant, and rows fall into different cache sets."""
+    comptime takes_floats = Self.stored == F32 or Self.parts == 2
+    """Whether numbers take as much memory as in float32: an output can be packed where it stands."""
+    comptime float_stride = Self.stride * size_of[Scalar[Self.stored]]() // size_of[Float32]()
+    """Row distance of such, in float32."""
     comptime rows_in_cache = (
-        CACHED_BYTES // (Self.stride * size_of[Scalar[Self.stored]]()) // ROWS_STEP * ROWS_STEP
+        CACHED_BYTES
+        // (2 if Self.tiles else 1)
+        // (Self.stride * size_of[Scalar[Self.stored]]())
+        // ROWS_STEP
+        * ROWS_STEP
     )
     """Rows of a block that stay in the second-level cache."""
 
@@ -278,10 +293,14 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
 
     @always_inline
     def floats(self, row: Int, column: Int) -> Floats:
-        """Where float32 numbers of a row stand, from a column on to the end of its block."""
-        comptime assert Self.stored == F32
+        """Where float32 numbers of a row go, from a column on to the end of its block.
+
+        Where two parts of bfloat16 are stored they are to become those, a step at a time, and the
+        column is one at which a step begins.
+        """
+        comptime assert Self.takes_floats
         var length = self.length_of_blocks()
-        var at = self.row(column // length, row).unsafe_offset(column % length)
+        var at = self.row(column // length, row).unsafe_offset(Self.parts * (column % length))
         return Floats(unsafe_from_address=Int(at))
 
     @always_inline

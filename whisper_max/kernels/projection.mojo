@@ -16,7 +16,9 @@ from .gemm import (
 )
 from .norm import Norm
 from .phases import Phases
-from .products import I8, I16, I32, ROWS_STEP, WORDS, Panel, PackedRows, accumulate_int16
+from .products import (
+    I8, I16, I32, ROWS_STEP, WORDS, Panel, PackedRows, accumulate_int16, split_in_place
+)
 from .tiles import begin_tiles, end_tiles
 
 comptime FEW_ROWS = 48
@@ -91,8 +93,8 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     float32 or 16-bit integers, as fast as memory is read.
     `weight` is packed, `[panels, length, 32]`. `scale` multiplies each output channel (int8
     weights) where `scaled`. `residual` is read at `row % residual_rows` (0: none) and may be the
-    output itself. Where `packs_output`, which is for float32, the output is left as the next
-    layer's packed rows.
+    output itself. Where `packs_output`, which is for rows that take floats, the output is left as
+    the next layer's packed rows.
     """
 
     comptime Left = PackedRows[Self.product, Self.width, Self.tiles]
@@ -290,11 +292,11 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     @always_inline
     def output_at(self, row: Int, column: Int) -> OutputTile:
         """Where a row's outputs from a column on stand, and those of the rows below."""
-        comptime if Self.Left.stored == F32:
+        comptime if Self.Left.takes_floats:
             if self.packs_output:
                 var memory = Bytes(unsafe_from_address=Int(self.output))
                 var packed = Self.Left.at(memory, self.rows, self.columns)
-                return OutputTile(packed.floats(row, column), Self.Left.stride)
+                return OutputTile(packed.floats(row, column), Self.Left.float_stride)
         return OutputTile(self.output.unsafe_offset(row * self.columns + column), self.columns)
 
     def finish(
@@ -329,6 +331,10 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
             for r in range(rows):
                 var sum = sums.unsafe_offset(r * PANEL)
                 self.store[PANEL, False](sum, to.row(r), row + r, column, first)
+        comptime if Self.Left.parts == 2:
+            if last and self.packs_output:
+                for r in range(rows):
+                    split_in_place(to.row(r))
 
     @always_inline
     def store[

@@ -24,7 +24,6 @@ comptime PANEL_STEP_BYTES = TILE_ROWS * PANEL * 4
 comptime PANEL_LINE_BYTES = PANEL * 4
 
 comptime ZERO = "tilezero %tmm0\n\ttilezero %tmm1"
-comptime STORE = "tilestored %tmm0, ($0,$1,1)\n\ttilestored %tmm1, 64($0,$1,1)"
 
 
 @always_inline
@@ -59,32 +58,59 @@ def run_assembly[text: StaticString]():
 
 
 @always_inline
-def multiply_step[product: DType, parts: Int](left: Int, right: Int, stride: Int):
+def turns_of[parts: Int]() -> Int:
+    """How often other work takes turns with the products of a step."""
+    return 6 if parts == 2 else 2
+
+
+@always_inline
+def multiply_step[
+    Work: def(Int) -> None, //, product: DType, parts: Int
+](left: Int, right: Int, stride: Int, work: Work):
     """Adds the products of a step to both tiles of sums: unsigned rows by signed columns, if bytes.
 
     The rows go to tile 2, one half of a panel after the other to tile 3. Of two parts the small
-    products come first.
+    products come first. While a tile is loaded and the one before multiplied the core has time for
+    `work(turn)`, which `turns_of` counts.
     """
     comptime assert STEP_BYTES == 64 and PANEL_STEP_BYTES == 2048  # as the addresses have it
-    comptime rows = "tileloadd ($0,$2,1), %tmm2\n\t"
-    comptime rest_of_rows = "tileloadd 64($0,$2,1), %tmm2\n\t"
-    comptime left_half = "tileloadd ($1,$3,1), %tmm3\n\t"
-    comptime right_half = "tileloadd 64($1,$3,1), %tmm3\n\t"
-    comptime rest_of_left_half = "tileloadd 2048($1,$3,1), %tmm3\n\t"
-    comptime rest_of_right_half = "tileloadd 2112($1,$3,1), %tmm3\n\t"
+    comptime rows = "tileloadd ($0,$2,1), %tmm2"
+    comptime rest_of_rows = "tileloadd 64($0,$2,1), %tmm2"
+    comptime left_half = "tileloadd ($1,$3,1), %tmm3"
+    comptime right_half = "tileloadd 64($1,$3,1), %tmm3"
+    comptime rest_of_left_half = "tileloadd 2048($1,$3,1), %tmm3"
+    comptime rest_of_right_half = "tileloadd 2112($1,$3,1), %tmm3"
     comptime name = "tdpbusd" if product == DType.int8 else "tdpbf16ps"
-    comptime to_left = name + " %tmm3, %tmm2, %tmm0\n\t"
-    comptime to_right = name + " %tmm3, %tmm2, %tmm1\n\t"
-    comptime one = rows + left_half + to_left + right_half + to_right
-    comptime two = (
-        rest_of_rows + left_half + to_left + right_half + to_right
-        + rows + to_right + rest_of_right_half + to_right
-        + rest_of_left_half + to_left + left_half + to_left
-    )
-    comptime text = two if parts == 2 else one
-    inlined_assembly[text, NoneType, constraints="r,r,r,r,~{memory}", has_side_effect=True](
-        left, right, stride, PANEL_LINE_BYTES
-    )
+    comptime to_left = name + " %tmm3, %tmm2, %tmm0"
+    comptime to_right = name + " %tmm3, %tmm2, %tmm1"
+    comptime then = "\n\t"
+
+    @always_inline
+    def run[text: StaticString]() {imm}:
+        inlined_assembly[text, NoneType, constraints="r,r,r,r,~{memory}", has_side_effect=True](
+            left, right, stride, PANEL_LINE_BYTES
+        )
+
+    comptime if parts == 2:
+        run[rest_of_rows + then + left_half]()
+        work(0)
+        run[to_left + then + right_half]()
+        work(1)
+        run[to_right + then + rows]()
+        work(2)
+        run[to_right + then + rest_of_right_half]()
+        work(3)
+        run[to_right + then + rest_of_left_half]()
+        work(4)
+        run[to_left + then + left_half]()
+        work(5)
+        run[to_left]()
+    else:
+        run[rows + then + left_half]()
+        work(0)
+        run[to_left + then + right_half]()
+        work(1)
+        run[to_right]()
 
 
 @always_inline
@@ -107,11 +133,64 @@ def multiply_tiles[
     comptime size = size_of[Scalar[type]]()
     var left = Int(rows)
     var right = Int(panel)
+
+    @always_inline
+    def nothing(turn: Int):
+        pass
+
     run_assembly[ZERO]()
     for _ in range(steps):
-        multiply_step[type, parts](left, right, size * row_stride)
+        multiply_step[type, parts](left, right, size * row_stride, nothing)
         left += size * step
         right += parts * PANEL_STEP_BYTES
-    inlined_assembly[STORE, NoneType, constraints="r,r,~{memory}", has_side_effect=True](
+    store_tile[0](to, to_stride)
+    store_tile[1](to, to_stride)
+
+
+@always_inline
+def multiply_beside[
+    type: DType, Work: def(Int) -> None, //, parts: Int, steps: Int
+](
+    rows: Packed[type],
+    row_stride: Int,
+    step: Int,
+    panel: Packed[type],
+    to: Floats,
+    to_stride: Int,
+    work: Work,
+):
+    """`multiply_tiles` of few steps, with `turns_beside` turns of other work between."""
+    comptime size = size_of[Scalar[type]]()
+    comptime turns = turns_of[parts]()
+    run_assembly[ZERO]()
+    comptime for i in range(steps):
+
+        @always_inline
+        def of_step(turn: Int) {imm}:
+            work(i * turns + turn)
+
+        multiply_step[type, parts](
+            Int(rows) + i * size * step,
+            Int(panel) + i * parts * PANEL_STEP_BYTES,
+            size * row_stride,
+            of_step,
+        )
+    store_tile[0](to, to_stride)
+    work(steps * turns)
+    store_tile[1](to, to_stride)
+    work(steps * turns + 1)
+
+
+@always_inline
+def turns_beside[parts: Int, steps: Int]() -> Int:
+    """How many turns `multiply_beside` gives."""
+    return steps * turns_of[parts]() + 2
+
+
+@always_inline
+def store_tile[half: Int](to: Floats, to_stride: Int):
+    """Stores one tile of sums: those of a half of a panel."""
+    comptime store = "tilestored %tmm0, ($0,$1,1)" if half == 0 else "tilestored %tmm1, 64($0,$1,1)"
+    inlined_assembly[store, NoneType, constraints="r,r,~{memory}", has_side_effect=True](
         Int(to), 4 * to_stride
     )
