@@ -383,8 +383,8 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
 
         A row's weights are 2 to its scores, less a level that need not be the highest of them: what
         makes a weight too large for float32 is far above. So it is that of the first frames, and a
-        panel is weighed while the next one is multiplied. Where a sum tells that it was too low, all
-        is done again with the highest of all.
+        panel is weighed while the next one is multiplied. Where a sum tells that it was too low,
+        all is done again with the highest of all.
         """
         comptime parts = parts_of[Self.type, True]()
         var line = unsafe_stack_allocation[HEAD_DIM, Float32, alignment=64]()

@@ -245,7 +245,7 @@ struct PackedRows[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     )
     """Row distance: constant, and rows fall into different cache sets."""
     comptime takes_floats = Self.stored == F32 or Self.parts == 2
-    """Whether numbers take as much memory as in float32: an output can be packed where it stands."""
+    """Whether numbers take as much memory as in float32: an output is packed where it stands."""
     comptime float_stride = Self.stride * size_of[Scalar[Self.stored]]() // size_of[Float32]()
     """Row distance of such, in float32."""
     comptime rows_in_cache = (
