@@ -63,16 +63,23 @@ def test_memory_in_any_order(strict, recipe, seed, order):
 @pytest.mark.parametrize("height", [64.0, 128.0, 1024.0])
 @pytest.mark.parametrize("frame", [0, 40, 249])
 def test_one_frame_far_above_all_others(precision, height, frame):
-    """Tiles begin to weigh before they know the highest score, and have to notice that it comes."""
+    """Tiles begin to weigh before they know the highest score, and have to notice that it comes.
+
+    For every other row it is e^(0.56 height) times as heavy as the others: 2^52, which is none too
+    heavy, 2^104, for which rows are weighed again, or more than float32 holds.
+    """
     model = official(384, layers=1, n_audio_ctx=250).build()
-    direction = numbers((384,), 4).sign()
+    of_key, of_query = numbers((2, 384), 4).sign()
     attention = model.encoder.blocks[0].attn
     with torch.no_grad():
-        model.encoder.positional_embedding[frame] = 100 * direction
-        # Channel 0 of each head's key tells how far a frame lies in that direction, 0.75 at most.
+        model.encoder.positional_embedding[0::2] = 100 * of_query
+        model.encoder.positional_embedding[1::2] = -100 * of_query
+        model.encoder.positional_embedding[frame] = 100 * of_key
+        # Channel 0 of each head's key is 0.75 for that frame, of its query 6 * height or 0.
         attention.key.weight.zero_()
-        attention.key.weight[::64] = direction / 512
+        attention.key.weight[::64] = of_key / 512
         attention.query.weight.zero_()
+        attention.query.weight[::64] = of_query * height / 128
         attention.query.bias.zero_()
-        attention.query.bias[::64] = 8 * height
+        attention.query.bias[::64] = 3 * height
     check(model, numbers((1, 80, 500), 5), precision)

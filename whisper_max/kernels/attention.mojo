@@ -7,7 +7,7 @@ one bfloat16 or two for each number (tiles.mojo). Scores of a few rows live in a
 the score matrix of a window is never formed.
 """
 
-from std.math import align_up, ceildiv, exp, iota
+from std.math import align_up, exp, iota
 from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
 from std.sys import llvm_intrinsic
@@ -26,7 +26,14 @@ from .products import (
     words_of,
 )
 from .tiles import (
-    TILE_ROWS, begin_tiles, end_tiles, multiply_beside, multiply_tiles, parts_of, turns_beside
+    TILE_ROWS,
+    begin_tiles,
+    end_tiles,
+    multiply_beside,
+    multiply_tiles,
+    nothing,
+    parts_of,
+    turns_beside,
 )
 
 comptime HEAD_DIM = 64
@@ -38,7 +45,8 @@ comptime SCORE_PADDING = 16
 comptime ROWS_BY_TILES = 2 * TILE_ROWS
 """Queries that tiles attend with at a time: the second 16 find keys in the first-level cache."""
 comptime HIGHEST_TOTAL: Float32 = 18446744073709551616.0
-"""2^64: of a row's weights in tiles. What they are multiplied with has 2^60 left to overflow."""
+"""2^64, of a row's weights in tiles: beyond, the level was too low. Values of nearly 2^64 can still
+be multiplied with them."""
 
 comptime LOG2_E: Float32 = 1.44269504
 comptime FLOOR = 1
@@ -197,12 +205,13 @@ def exp_by_scaling[rough: Bool](x: SIMD[F32, WORDS]) -> SIMD[F32, WORDS]:
 
 @always_inline
 def power_of_two[rough: Bool](power: SIMD[F32, WORDS]) -> SIMD[F32, WORDS]:
-    """2^p, where p is not positive, with AVX-512.
+    """2^p with AVX-512, infinite from 2^128 on.
 
     It is 2^floor(p), by which `vscalefps` scales, times a polynomial of what floor takes away.
-    Relative error of an exponential e^x below (2 + |x|) / 2^24, and exact for 0: so weights next to
-    the highest are off by no more than float32 is. Where `rough`, below 1e-4, a 20th of that of
-    rounding to bfloat16. Coefficients by weighted least squares.
+    Relative error below 2 / 2^24, and none for whole p. Rounding p beforehand adds ln 2 |p| / 2^24:
+    little where p is a score less the highest and next to it, up to 2^-18 in tiles, whose levels
+    may lie 64 below. Where `rough`, below 1e-4, a 20th of that of rounding to bfloat16.
+    Coefficients by weighted least squares.
     """
     var rest = llvm_intrinsic["llvm.x86.avx512.mask.reduce.ps.512", SIMD[F32, WORDS]](
         power, Int32(FLOOR), power, Int16(-1), Int32(CURRENT_ROUNDING)
@@ -289,6 +298,11 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     var raw_scores: Floats
     var wants_scores: Bool
 
+    @always_inline
+    def panels(self) -> Int:
+        """Of keys."""
+        return padded(self.frames) // PANEL
+
     def run(self, rows: Int):
         """Attends with all rows, as many at a time as the registers hold."""
         comptime largest = ROWS_BY_TILES if Self.tiles else tile_rows[Self.width]()
@@ -297,6 +311,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         comptime if Self.tiles:
             begin_tiles()
             for row in range(0, rows, ROWS_BY_TILES):
+                # What tiles keep are weights, of one or two parts: no more than scores take.
                 self.attend_in_tiles(
                     Packed[BF16](unsafe_from_address=Int(scores)),
                     row,
@@ -402,7 +417,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         self.weigh(raw(query), rows, 1, weights, totals)
         for r in range(rows):
             if total_of(totals, r) > HIGHEST_TOTAL:
-                self.weigh(raw(query), rows, padded(self.frames) // PANEL, weights, totals)
+                self.weigh(raw(query), rows, self.panels(), weights, totals)
                 break
         self.mix_by_tiles(weights, totals, row, rows)
 
@@ -416,15 +431,16 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
     ):
         """The weights of up to ROWS_BY_TILES rows, `[rows / 16, panels, 16, parts, 32]`.
 
-        A row's level is its highest score in the first panels. Scores are those of base 2.
+        A row's level is its highest score in the first `panels_to_look_at` panels. Scores are those
+        of base 2.
 
-        totals : [ROWS_BY_TILES, 16], which add up to the sums of the weights
+        totals : [ROWS_BY_TILES, 16], partial sums of each row's weights
         """
         comptime parts = parts_of[Self.type, True]()
         comptime steps = HEAD_DIM // PAIRS_STEP
         comptime turns = turns_beside[parts, steps]()
         comptime block = TILE_ROWS * PANEL
-        var panels = padded(self.frames) // PANEL
+        var panels = self.panels()
         var keys = Packed[BF16](unsafe_from_address=Int(self.keys))
         # Of each 16 rows the scores with this panel and with the next one.
         var scores = raw(
@@ -435,12 +451,14 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             highest.unsafe_offset(i).unsafe_store(SIMD[F32, WORDS](MASKED))
 
         @always_inline
+        def scores_of(first_row: Int, panel: Int) {imm} -> Floats:
+            return scores.unsafe_offset((first_row // TILE_ROWS * 2 + panel % 2) * block)
+
+        @always_inline
         def score_beside[
             Work: def(Int) -> None, //
-        ](first_row: Int, panel: Int, work: Work) {imm} -> Floats:
-            var to = scores.unsafe_offset(
-                (first_row // TILE_ROWS * 2 + panel % 2) * block
-            )
+        ](first_row: Int, panel: Int, work: Work) {imm}:
+            var to = scores_of(first_row, panel)
             multiply_beside[parts, steps](
                 query.unsafe_offset(first_row * parts * HEAD_DIM),
                 parts * HEAD_DIM,
@@ -453,44 +471,36 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             if (panel + 1) * PANEL > self.frames:
                 for r in range(TILE_ROWS):
                     mask(to.unsafe_offset(r * PANEL), self.frames - panel * PANEL, PANEL)
-            return to
 
-        @always_inline
-        def nothing(turn: Int):
-            pass
-
-        for panel in range(panels_to_look_at):
+        # Backwards, so that what is left are the scores with the first panel.
+        for panel in range(panels_to_look_at - 1, -1, -1):
             for r in range(0, rows, TILE_ROWS):
-                look_for_highest(
-                    score_beside(r, panel, nothing), raw(highest).unsafe_offset(r * WORDS)
-                )
+                score_beside(r, panel, nothing)
+                look_for_highest(scores_of(r, panel), raw(highest).unsafe_offset(r * WORDS))
         var levels = raw(unsafe_stack_allocation[ROWS_BY_TILES, Float32]())
         for r in range(ROWS_BY_TILES):
             levels.unsafe_offset(r).unsafe_store(
                 highest.unsafe_offset(r * WORDS).unsafe_load[width=WORDS]().reduce_max()
             )
             totals.unsafe_offset(r * WORDS).unsafe_store(SIMD[F32, WORDS](0))
-        for r in range(0, rows, TILE_ROWS):
-            _ = score_beside(r, 0, nothing)
         for panel in range(panels):
             for r in range(0, rows, TILE_ROWS):
+
+                var block_of_scores = scores_of(r, panel)
+                var to = weights.unsafe_offset((r // TILE_ROWS * panels + panel) * parts * block)
 
                 @always_inline
                 def weigh_some(turn: Int) {imm}:
                     for i in range(TILE_ROWS * turn // turns, TILE_ROWS * (turn + 1) // turns):
                         weigh_row[parts](
-                            scores.unsafe_offset(
-                                (r // TILE_ROWS * 2 + panel % 2) * block + i * PANEL
-                            ),
+                            block_of_scores.unsafe_offset(i * PANEL),
                             levels.unsafe_offset(r + i).unsafe_load(),
-                            weights.unsafe_offset(
-                                ((r // TILE_ROWS * panels + panel) * TILE_ROWS + i) * parts * PANEL
-                            ),
+                            to.unsafe_offset(i * parts * PANEL),
                             totals.unsafe_offset((r + i) * WORDS),
                         )
 
                 if panel + 1 < panels:
-                    _ = score_beside(r, panel + 1, weigh_some)
+                    score_beside(r, panel + 1, weigh_some)
                 else:
                     for turn in range(turns):
                         weigh_some(turn)
@@ -505,7 +515,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         """The values, weighted by what `weigh` leaves."""
         comptime parts = parts_of[Self.type, True]()
         comptime tile = TILE_ROWS * parts * PANEL
-        var panels = padded(self.frames) // PANEL
+        var panels = self.panels()
         var sums = unsafe_stack_allocation[TILE_ROWS * PANEL, Float32, alignment=64]()
         var values = Packed[BF16](unsafe_from_address=Int(self.values))
         comptime for half in range(HEAD_DIM // PANEL):
@@ -548,7 +558,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         var query = unsafe_stack_allocation[rows * HEAD_DIM, Float32, alignment=64]()
         for r in range(rows):
             self.take_query(row + r, raw(query).unsafe_offset(r * HEAD_DIM))
-        for panel in range(padded(self.frames) // PANEL):
+        for panel in range(self.panels()):
             comptime for part in range(PANEL // (2 * Self.width)):
                 var offset = part * 2 * Self.width
                 var sums = Array[SIMD[F32, Self.width], 2 * rows](fill=SIMD[F32, Self.width](0))
@@ -572,7 +582,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             self.take_query(row + r, raw(line))
             store_bfloat16(raw(line), raw(query).unsafe_offset(r * HEAD_DIM), HEAD_DIM)
         var keys = Packed[BF16](unsafe_from_address=Int(self.keys))
-        for panel in range(padded(self.frames) // PANEL):
+        for panel in range(self.panels()):
             var sums = Array[SIMD[F32, WORDS], 2 * rows](fill=SIMD[F32, WORDS](0))
             accumulate_pairs[rows](
                 sums, raw(query), HEAD_DIM, keys.unsafe_offset(panel * HEAD_DIM * PANEL), HEAD_DIM

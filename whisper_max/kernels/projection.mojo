@@ -93,8 +93,8 @@ struct Projection[type: DType, width: Int, product: DType, tiles: Bool](Implicit
     float32 or 16-bit integers, as fast as memory is read.
     `weight` is packed, `[panels, length, 32]`. `scale` multiplies each output channel (int8
     weights) where `scaled`. `residual` is read at `row % residual_rows` (0: none) and may be the
-    output itself. Where `packs_output`, which is for rows that take floats, the output is left as
-    the next layer's packed rows.
+    output itself. Where `packs_output`, which is for many rows that take floats and for whole
+    panels, the output is left as the next layer's packed rows.
     """
 
     comptime Left = PackedRows[Self.product, Self.width, Self.tiles]

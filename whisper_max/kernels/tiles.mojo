@@ -58,6 +58,12 @@ def run_assembly[text: StaticString]():
 
 
 @always_inline
+def nothing(turn: Int):
+    """No other work."""
+    pass
+
+
+@always_inline
 def turns_of[parts: Int]() -> Int:
     """How often other work takes turns with the products of a step."""
     return 6 if parts == 2 else 2
@@ -133,11 +139,6 @@ def multiply_tiles[
     comptime size = size_of[Scalar[type]]()
     var left = Int(rows)
     var right = Int(panel)
-
-    @always_inline
-    def nothing(turn: Int):
-        pass
-
     run_assembly[ZERO]()
     for _ in range(steps):
         multiply_step[type, parts](left, right, size * row_stride, nothing)
@@ -159,7 +160,11 @@ def multiply_beside[
     to_stride: Int,
     work: Work,
 ):
-    """`multiply_tiles` of few steps, with `turns_beside` turns of other work between."""
+    """`multiply_tiles` of few steps, and between its instructions other work.
+
+    That is `work(turn)` for each turn of `turns_beside`, in order. It leaves the tiles alone, and
+    what is read and written here.
+    """
     comptime size = size_of[Scalar[type]]()
     comptime turns = turns_of[parts]()
     run_assembly[ZERO]()
