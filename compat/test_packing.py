@@ -93,16 +93,16 @@ def test_weights_are_looked_at_where_none_could_be_packed(model, looks, monkeypa
     assert held_in(model.encoder) == held_in(model.decoder) == {"DType.float32"}
 
 
-def test_every_window_is_counted_for_its_pages(model, monkeypatch):
-    counted = []
+def test_every_window_joins_pages(model, monkeypatch):
+    joined = []
 
     class Pages:
-        def count_window(self):
-            counted.append(1)
+        def begin_window(self):
+            joined.append(1)
 
     monkeypatch.setattr(decoder_session, "huge_pages", Pages())
     with whisper_max.patched(mode="strict", compile="blocking"):
         whisper_max.accelerate(model)
         for seed in (4, 4, 5):
             model.decoder(TOKENS, numbers((1, 60, 128), seed))
-    assert len(counted) == 2
+    assert len(joined) == 2

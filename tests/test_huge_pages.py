@@ -55,9 +55,11 @@ def pages_of(advised, advice):
     return [extent for found, *extent in advised if found == advice]
 
 
-def windows(count):
+def windows(count, seconds=3600):
+    """As many windows, with this time before each."""
     for _ in range(count):
-        memory.huge_pages.count_window()
+        memory.huge_pages._window_began -= seconds
+        memory.huge_pages.begin_window()
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1024, 1024)], ids=["small", "large"])
@@ -113,29 +115,57 @@ def test_huge_pages_that_come_quickly_are_taken_at_once(mapped):
     tensor = three_pages()
     first, second, third, whole = pages_of(mapped.advised, HUGE)
     assert second[0] == first[0] + 1 and third[0] == first[0] + 2 and whole == []
-    windows(2 * memory.PATIENCE)
+    windows(2)
     assert not pages_of(mapped.advised, COLLAPSE)
     del tensor
 
 
-def test_from_a_slow_huge_page_on_pages_are_small_until_some_windows_were_decoded(mapped):
+def test_from_a_slow_huge_page_on_pages_are_small_and_joined_later(mapped):
     mapped.pauses += [0, 0.25]
     first = three_pages()
     assert len(pages_of(mapped.advised, HUGE)) == 2
     second = three_pages()
     assert len(pages_of(mapped.advised, HUGE)) == 2
     first.fill_(1), second.fill_(2)
-    windows(memory.PATIENCE - 1)
     assert not pages_of(mapped.advised, COLLAPSE)
     windows(1)
     joined = pages_of(mapped.advised, COLLAPSE)
     assert len(joined) == 6 and all(pages == 1 for _, pages in joined)
     assert bool((first == 1).all()) and bool((second == 2).all())
-    windows(memory.PATIENCE)
+    windows(1)
     assert len(pages_of(mapped.advised, COLLAPSE)) == 6
     third = three_pages()  # and huge ones are tried again
     assert len(pages_of(mapped.advised, HUGE)) == 2 + 4
     del third
+
+
+def test_joining_takes_no_more_than_its_share_of_the_time(mapped, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(memory.time, "perf_counter", lambda: clock[0])
+
+    def join(mapping, page):
+        joined.append(page)
+        clock[0] += 0.1
+
+    joined = []
+    monkeypatch.setattr(memory, "_join", join)
+    monkeypatch.setattr(memory, "_come_quickly", lambda mapping, pages: False)
+    pages = memory.HugePages()
+    tensor = pages.allocate(200 * PAGE)
+    pages.begin_window()
+    assert not joined
+    for _ in range(64):
+        clock[0] += 1.0
+        pages.begin_window()
+    spent, passed = 0.1 * len(joined), clock[0] - 100
+    assert memory.SHARE * passed <= spent <= memory.SHARE * passed + 0.1
+    assert joined == sorted(joined, reverse=True)  # the youngest first
+
+    clock[0] += 3600.0  # of which nobody waits for a share
+    before = len(joined)
+    pages.begin_window()
+    assert 0.1 * (len(joined) - before) <= memory.SHARE * memory.LONGEST + 0.1
+    del tensor
 
 
 def test_windows_of_several_threads_join_pages_once(mapped):
@@ -152,12 +182,10 @@ def test_windows_of_several_threads_join_pages_once(mapped):
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        with pytest.MonkeyPatch.context() as patience:
-            patience.setattr(memory, "PATIENCE", 1000)
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     finally:
         sys.setswitchinterval(interval)
     assert len(done) == 8 and len(pages_of(mapped.advised, COLLAPSE)) == 3
@@ -169,7 +197,7 @@ def test_memory_that_is_no_longer_needed_is_not_joined(mapped):
     first, second = three_pages(), three_pages()
     del first
     gc.collect()
-    windows(memory.PATIENCE)
+    windows(1)
     assert len(pages_of(mapped.advised, COLLAPSE)) == 3
     del second
 
@@ -178,7 +206,7 @@ def test_pages_that_cannot_be_joined_stay_small(mapped):
     mapped.pauses += [0.25]
     tensor = three_pages().fill_(5)
     mapped.knows_collapse = False
-    windows(memory.PATIENCE)
+    windows(1)
     assert bool((tensor == 5).all())
 
 

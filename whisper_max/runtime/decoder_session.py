@@ -63,7 +63,7 @@ class DecoderSession:
         cross = state.cross.find(self._ready, features)
         if cross is None:
             state.cross.drop()
-            huge_pages.count_window()
+            huge_pages.begin_window()
             cross = CrossCache(
                 self._ready.engine,
                 self._ready.packed[0],

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ HUGE_PAGE = 2 << 20
 """Bytes, on x86-64 and mostly on aarch64."""
 SLOW = 0.002
 """Seconds to get a huge page. Clearing it takes a tenth of that, its 512 small pages one half."""
-PATIENCE = 3
-"""Windows. Upstream decodes two different ones of a short recording: one to detect its language."""
+SHARE = 1 / 32
+"""Of a program's time, spent at most on joining small pages."""
+LONGEST = 10.0
+"""Seconds from one window to the next that count for that: a service may have had nothing to do."""
 
 _MADV_COLLAPSE = 25  # Linux 6.1; a name in `mmap` from Python 3.13
 
@@ -28,17 +31,18 @@ class HugePages:
     """Huge pages at once where they come quickly, and later where they do not.
 
     A decoding step reads each page of the weights once, and the translation of a small page costs
-    as much as its transfer: with huge pages a step takes 10 to 20% less. But a huge page may take
-    milliseconds to come: the system moves others out of the way, or the host of a virtual machine
-    has to find the memory first, having taken back what was free. A program of one window would
-    wait longer for its huge pages than they save. So, from the first slow one on, memory consists
-    of small pages, and is moved into huge ones when some windows have shown that there are more.
+    as much as its transfer: with huge pages a step takes 3 to 20% less, by CPU. But a huge page may
+    take milliseconds to come: the system moves others out of the way, or the host of a virtual
+    machine has to find the memory first, having taken back what was free. A program of some windows
+    would wait longer for its huge pages than they save. So, from the first slow one on, memory
+    consists of small pages, which are joined in a fixed share of the time that goes by.
     """
 
     def __init__(self) -> None:
         self._guard = threading.RLock()
-        self._small: list[tuple[weakref.ref[mmap.mmap], range]] = []
-        self._windows: int | None = None  # since the first slow page
+        self._small: list[tuple[weakref.ref[mmap.mmap], int]] = []
+        self._window_began = 0.0
+        self._credit = 0.0  # seconds
 
     def allocate(self, size: int) -> Tensor:
         """Uninitialized bytes, shape = (size,). Raises OSError where the system gives none."""
@@ -51,24 +55,28 @@ class HugePages:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         else:
             with self._guard:
-                if self._windows is not None or not _come_quickly(mapping, pages):
-                    self._windows = self._windows or 0
-                    self._small.append((weakref.ref(mapping), pages))
+                if self._small or not _come_quickly(mapping, pages):
+                    if not self._small:
+                        self._window_began, self._credit = time.perf_counter(), 0.0
+                    self._small.extend((weakref.ref(mapping), page) for page in pages)
         return whole[begin : begin + size]
 
-    def count_window(self) -> None:
-        """Another window is about to be decoded. The last that patience lasts for joins pages."""
+    def begin_window(self) -> None:
+        """Another window is about to be decoded; some pages are joined first."""
         with self._guard:
-            if self._windows is None:
+            if not self._small:
                 return
-            self._windows += 1
-            if self._windows < PATIENCE:
-                return
-            self._windows, small, self._small = None, self._small, []
-        for reference, pages in small:
-            mapping = reference()
-            if mapping is not None:
-                _join(mapping, pages)
+            now = time.perf_counter()
+            self._credit += SHARE * min(now - self._window_began, LONGEST)
+            self._window_began = now
+            while self._credit > 0 and self._small:
+                # The youngest first: the decoder's are, and an encoder's are read once a window.
+                reference, page = self._small.pop()
+                mapping = reference()
+                if mapping is not None:
+                    begin = time.perf_counter()
+                    _join(mapping, page)
+                    self._credit -= time.perf_counter() - begin
 
 
 def _can_join(mapping: mmap.mmap) -> bool:
@@ -91,13 +99,10 @@ def _come_quickly(mapping: mmap.mmap, pages: range) -> bool:
     return True
 
 
-def _join(mapping: mmap.mmap, pages: range) -> None:
-    """Moves small pages into huge ones, where the system can. Who reads them does not notice."""
-    for page in pages:
-        try:
-            mapping.madvise(_MADV_COLLAPSE, page, HUGE_PAGE)
-        except OSError:
-            continue
+def _join(mapping: mmap.mmap, page: int) -> None:
+    """Moves small pages into a huge one, if the system can. Who reads them does not notice."""
+    with suppress(OSError):
+        mapping.madvise(_MADV_COLLAPSE, page, HUGE_PAGE)
 
 
 huge_pages = HugePages()
