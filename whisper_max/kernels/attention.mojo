@@ -29,11 +29,10 @@ from .tiles import (
     TILE_ROWS,
     begin_tiles,
     end_tiles,
-    multiply_beside,
     multiply_tiles,
     nothing,
     parts_of,
-    turns_beside,
+    turns_of,
 )
 
 comptime HEAD_DIM = 64
@@ -438,7 +437,8 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
         """
         comptime parts = parts_of[Self.type, True]()
         comptime steps = HEAD_DIM // PAIRS_STEP
-        comptime turns = turns_beside[parts, steps]()
+        comptime turns = turns_of[parts]()
+        comptime rows_a_step = TILE_ROWS // steps
         comptime block = TILE_ROWS * PANEL
         var panels = self.panels()
         var keys = Packed[BF16](unsafe_from_address=Int(self.keys))
@@ -456,16 +456,16 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
 
         @always_inline
         def score_beside[
-            Work: def(Int) -> None, //
+            Work: def(Int, Int) -> None, //
         ](first_row: Int, panel: Int, work: Work) {imm}:
             var to = scores_of(first_row, panel)
-            multiply_beside[parts, steps](
+            multiply_tiles[parts](
                 query.unsafe_offset(first_row * parts * HEAD_DIM),
                 parts * HEAD_DIM,
                 parts * PAIRS_STEP,
                 keys.unsafe_offset(panel * parts * HEAD_DIM * PANEL),
+                steps,
                 to,
-                PANEL,
                 work,
             )
             if (panel + 1) * PANEL > self.frames:
@@ -490,8 +490,11 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                 var to = weights.unsafe_offset((r // TILE_ROWS * panels + panel) * parts * block)
 
                 @always_inline
-                def weigh_some(turn: Int) {imm}:
-                    for i in range(TILE_ROWS * turn // turns, TILE_ROWS * (turn + 1) // turns):
+                def weigh_some(step: Int, turn: Int) {imm}:
+                    for row in range(
+                        rows_a_step * turn // turns, rows_a_step * (turn + 1) // turns
+                    ):
+                        var i = step * rows_a_step + row
                         weigh_row[parts](
                             block_of_scores.unsafe_offset(i * PANEL),
                             levels.unsafe_offset(r + i).unsafe_load(),
@@ -502,8 +505,9 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                 if panel + 1 < panels:
                     score_beside(r, panel + 1, weigh_some)
                 else:
-                    for turn in range(turns):
-                        weigh_some(turn)
+                    for step in range(steps):
+                        for turn in range(turns):
+                            weigh_some(step, turn)
 
     def mix_by_tiles(
         self,
@@ -527,7 +531,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                     values.unsafe_offset(half * parts * panels * PANEL * PANEL),
                     panels,
                     raw(sums),
-                    PANEL,
+                    nothing,
                 )
                 for i in range(min(TILE_ROWS, rows - r)):
                     var mixed = raw(sums).unsafe_offset(i * PANEL).unsafe_load[width=PANEL]()

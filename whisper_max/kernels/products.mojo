@@ -15,7 +15,7 @@ from std.sys import llvm_intrinsic, size_of
 
 from .gemm import F32, PANEL, Bytes, Floats, Packed, accumulate, fetch, raw, tile_rows
 from .norm import Norm
-from .tiles import STEP_BYTES, TILE_ROWS, multiply_tiles, parts_of
+from .tiles import STEP_BYTES, TILE_ROWS, multiply_tiles, nothing, parts_of
 
 comptime BF16 = DType.bfloat16
 comptime I8 = DType.int8
@@ -383,20 +383,21 @@ struct Panel[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
 
     def load_int8(self, source: Packed[I8], length: Int):
         """Takes a panel that is int8 already."""
+        comptime zeros = UInt32(INT8_ZERO * 0x01010101)
         var to = Packed[I8](unsafe_from_address=Int(self.numbers))
-        var total = SIMD[I32, PANEL](0)
+        var left = SIMD[I32, WORDS](0)
+        var right = SIMD[I32, WORDS](0)
         for k in range(0, align_up(length, Self.Left.step), 4):
             var first = line_of(source, k, length)
             var second = line_of(source, k + 1, length)
             var third = line_of(source, k + 2, length)
             var fourth = line_of(source, k + 3, length)
-            to.unsafe_offset(k * PANEL).unsafe_store(
-                first.interleave(third).interleave(second.interleave(fourth))
-            )
-            total += (
-                first.cast[I32]() + second.cast[I32]() + third.cast[I32]() + fourth.cast[I32]()
-            )
-        self.corrections.unsafe_store(total * INT8_ZERO)
+            var fours = first.interleave(third).interleave(second.interleave(fourth))
+            to.unsafe_offset(k * PANEL).unsafe_store(fours)
+            left = dot_fours(left, zeros, fours.slice[4 * WORDS]())
+            right = dot_fours(right, zeros, fours.slice[4 * WORDS, offset=4 * WORDS]())
+        self.corrections.unsafe_store(left)
+        self.corrections.unsafe_offset(WORDS).unsafe_store(right)
 
     @always_inline
     def multiply(self, left: Self.Left, block: Int, row: Int, length: Int, to: Floats):
@@ -410,7 +411,7 @@ struct Panel[product: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                 self.numbers,
                 ceildiv(length, Self.Left.step),
                 to,
-                PANEL,
+                nothing,
             )
         elif Self.stored == F32:
             self.multiply_floats(Floats(unsafe_from_address=Int(a)), length, to)

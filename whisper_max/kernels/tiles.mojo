@@ -23,8 +23,6 @@ comptime STEP_BYTES = 64
 comptime PANEL_STEP_BYTES = TILE_ROWS * PANEL * 4
 comptime PANEL_LINE_BYTES = PANEL * 4
 
-comptime ZERO = "tilezero %tmm0\n\ttilezero %tmm1"
-
 
 @always_inline
 def parts_of[product: DType, tiles: Bool]() -> Int:
@@ -58,7 +56,7 @@ def run_assembly[text: StaticString]():
 
 
 @always_inline
-def nothing(turn: Int):
+def nothing(step: Int, turn: Int):
     """No other work."""
     pass
 
@@ -121,7 +119,7 @@ def multiply_step[
 
 @always_inline
 def multiply_tiles[
-    type: DType, //, parts: Int
+    type: DType, Work: def(Int, Int) -> None, //, parts: Int
 ](
     rows: Packed[type],
     row_stride: Int,
@@ -129,73 +127,30 @@ def multiply_tiles[
     panel: Packed[type],
     steps: Int,
     to: Floats,
-    to_stride: Int,
+    work: Work,
 ):
-    """Stores the sums of 16 rows with a panel: float32 of bfloat16, int32 of int8.
+    """Stores the sums of 16 rows with a panel, `[16, 32]`: float32 of bfloat16, int32 of int8.
 
     From row to row there are `row_stride` numbers of the operands, from one step of the rows to the
-    next `step`, and `to_stride` sums from one row of them to the next.
+    next `step`. Between the instructions other work is done: `work(i, turn)` for each step and each
+    of `turns_of` it, in order. It leaves the tiles alone, and what is read and written here.
     """
     comptime size = size_of[Scalar[type]]()
     var left = Int(rows)
     var right = Int(panel)
-    run_assembly[ZERO]()
-    for _ in range(steps):
-        multiply_step[type, parts](left, right, size * row_stride, nothing)
-        left += size * step
-        right += parts * PANEL_STEP_BYTES
-    store_tile[0](to, to_stride)
-    store_tile[1](to, to_stride)
-
-
-@always_inline
-def multiply_beside[
-    type: DType, Work: def(Int) -> None, //, parts: Int, steps: Int
-](
-    rows: Packed[type],
-    row_stride: Int,
-    step: Int,
-    panel: Packed[type],
-    to: Floats,
-    to_stride: Int,
-    work: Work,
-):
-    """`multiply_tiles` of few steps, and between its instructions other work.
-
-    That is `work(turn)` for each turn of `turns_beside`, in order. It leaves the tiles alone, and
-    what is read and written here.
-    """
-    comptime size = size_of[Scalar[type]]()
-    comptime turns = turns_of[parts]()
-    run_assembly[ZERO]()
-    comptime for i in range(steps):
+    run_assembly["tilezero %tmm0\n\ttilezero %tmm1"]()
+    for i in range(steps):
 
         @always_inline
         def of_step(turn: Int) {imm}:
-            work(i * turns + turn)
+            work(i, turn)
 
-        multiply_step[type, parts](
-            Int(rows) + i * size * step,
-            Int(panel) + i * parts * PANEL_STEP_BYTES,
-            size * row_stride,
-            of_step,
-        )
-    store_tile[0](to, to_stride)
-    work(steps * turns)
-    store_tile[1](to, to_stride)
-    work(steps * turns + 1)
-
-
-@always_inline
-def turns_beside[parts: Int, steps: Int]() -> Int:
-    """How many turns `multiply_beside` gives."""
-    return steps * turns_of[parts]() + 2
-
-
-@always_inline
-def store_tile[half: Int](to: Floats, to_stride: Int):
-    """Stores one tile of sums: those of a half of a panel."""
-    comptime store = "tilestored %tmm0, ($0,$1,1)" if half == 0 else "tilestored %tmm1, 64($0,$1,1)"
-    inlined_assembly[store, NoneType, constraints="r,r,~{memory}", has_side_effect=True](
-        Int(to), 4 * to_stride
-    )
+        multiply_step[type, parts](left, right, size * row_stride, of_step)
+        left += size * step
+        right += parts * PANEL_STEP_BYTES
+    inlined_assembly[
+        "tilestored %tmm0, ($0,$1,1)\n\ttilestored %tmm1, 64($0,$1,1)",
+        NoneType,
+        constraints="r,r,~{memory}",
+        has_side_effect=True,
+    ](Int(to), PANEL_LINE_BYTES)
