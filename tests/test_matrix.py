@@ -11,7 +11,6 @@ import sys
 import pytest
 
 from compat.matrix import page, places, running
-from compat.matrix.recording import FOLDER_VARIABLE
 from compat.matrix.results import Environment, Script, Suite, load_all, save
 
 SESSION = """
@@ -50,11 +49,16 @@ def environment(name: str = "py311-max", **changes) -> Environment:
     return Environment(name, **{**known, **changes})
 
 
+def test_it_is_run_from_an_environment_without_pytest():
+    without = "import sys; sys.modules['pytest'] = None; import compat.matrix.__main__"
+    subprocess.run([sys.executable, "-c", without], cwd=places.ROOT, check=True)
+
+
 def test_a_session_is_recorded_where_the_variable_says(tmp_path):
     (tmp_path / "test_it.py").write_text(SESSION)
     command = [sys.executable, "-m", "pytest", "-p", "compat.matrix.recording", "--suite", "trial"]
     command += ["-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path)]
-    known = {**os.environ, FOLDER_VARIABLE: str(tmp_path / "found")}
+    known = {**os.environ, places.FOLDER_VARIABLE: str(tmp_path / "found")}
     subprocess.run(command, cwd=places.ROOT, env=known, capture_output=True, timeout=120)
     (session,) = load_all(tmp_path / "found").values()
     (suite,) = session.suites

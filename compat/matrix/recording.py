@@ -19,11 +19,10 @@ import pytest
 import whisper_max
 from whisper_max.settings import TARGETS
 
-from .places import ROOT
+from .places import FOLDER_VARIABLE, ROOT
 from .results import Environment, Script, Suite, save
 
 UNIT_TESTS = ROOT / "tests"
-FOLDER_VARIABLE = "WHISPER_MAX_MATRIX_RECORD"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

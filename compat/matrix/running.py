@@ -12,8 +12,7 @@ from pathlib import Path
 
 from benchmarks.machine import digest_of_sources
 
-from .places import LOGS, ROOT
-from .recording import FOLDER_VARIABLE
+from .places import FOLDER_VARIABLE, LOGS, ROOT
 from .results import Environment, load_all
 
 TOX_ENDS = re.compile(r"evaluation failed :\(|: FAIL |: exit \d")

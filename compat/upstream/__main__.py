@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..ffmpeg import find
 from ..matrix.places import ROOT
-from ..matrix.recording import FOLDER_VARIABLE
+from ..matrix.places import FOLDER_VARIABLE
 from ..matrix.results import Environment, Suite, save
 from .source import NoTests, tests_of
 
