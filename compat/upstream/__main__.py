@@ -12,8 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..ffmpeg import find
-from ..matrix.places import ROOT
-from ..matrix.places import FOLDER_VARIABLE
+from ..matrix.places import FOLDER_VARIABLE, ROOT
 from ..matrix.results import Environment, Suite, save
 from .source import NoTests, tests_of
 
