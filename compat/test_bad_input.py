@@ -75,6 +75,28 @@ def test_audio(plain, checkpoint, audio):
 
 @pytest.mark.allow_fallback
 @pytest.mark.parametrize(
+    "mel",
+    [
+        torch.zeros(80, 3000),
+        torch.zeros(1500, 128),
+        torch.zeros(2, 2, 80, 3000),
+        np.zeros((2, 80, 3000), np.float32),
+    ],
+    ids=["one window", "its features", "four axes", "an array"],
+)
+def test_what_is_no_batch_for_beams(plain, checkpoint, mel):
+    def run(model):
+        options = decoding.DecodingOptions(language="en", beam_size=2, fp16=False)
+        return outcome(lambda: decoding.DecodingTask(model, options).run(mel))
+
+    expected = run(plain)
+    assert isinstance(expected, tuple)
+    with with_fallback():
+        assert run(checkpoint) == expected
+
+
+@pytest.mark.allow_fallback
+@pytest.mark.parametrize(
     "tokens",
     [
         torch.full((1, 3), 100),

@@ -23,11 +23,17 @@ def max_run(self: DecodingTask, mel: Tensor) -> list[DecodingResult]:
     mel : torch.Tensor, shape = (windows, n_mels, 2 * n_audio_ctx)
         log-mel spectrograms; or encoded audio, (windows, n_audio_ctx, n_audio_state)
     """
-    several = type(self) is DecodingTask and self.n_group > 1 and mel.shape[0] > 1
     with on_one_thread.decode() if _computes_little(self) else nullcontext():
-        if not several or activation.why_off("decoding_loop") is not None:
+        if not _fails_upstream(self, mel) or activation.why_off("decoding_loop") is not None:
             return upstream_run(self, mel)
         return [result for window in mel.split(1) for result in upstream_run(self, window)]
+
+
+def _fails_upstream(task: DecodingTask, mel: Tensor) -> bool:
+    """Whether these are several windows with several rows each; not what nobody could decode."""
+    if type(task) is not DecodingTask or task.n_group == 1:
+        return False
+    return isinstance(mel, Tensor) and mel.ndim == 3 and len(mel) > 1
 
 
 def _computes_little(task: DecodingTask) -> bool:
