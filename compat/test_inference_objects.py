@@ -181,6 +181,30 @@ def test_copies_in_the_middle_of_a_decode(model, how, steps):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("windows", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2])
+@torch.no_grad()
+def test_buffers_filled_anew_before_pytorch_goes_on(model, windows, steps):
+    """Upstream has taken what it needs of the features, and of all tokens but the last."""
+
+    def outcome(model):
+        features, tokens = numbers((windows, 60, 128), 6), TOKENS.clone()
+        inference = decoding.PyTorchInference(model, PROMPT)
+        for count in range(PROMPT, PROMPT + steps):
+            inference.logits(tokens[:, :count], features)
+        features.zero_(), tokens[:, : PROMPT + steps - 1].zero_()
+        caches = {name: cache.clone() for name, cache in enumerate(inference.kv_cache.values())}
+        logits = inference.logits(tokens[:, : PROMPT + steps], features)
+        inference.cleanup_caching()
+        return caches, logits
+
+    expected = outcome(on_pytorch(model))
+    with with_fallback():
+        found = outcome(model)
+        assert whisper_max.status().targets["inference"].max_calls == steps
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_pickles_load_without_us(plain, checkpoint, mel, tmp_path):
     with with_fallback():
         task = decoding.DecodingTask(checkpoint, OPTIONS)

@@ -157,8 +157,8 @@ class _Decode:
     caches : upstream's
     session : of a decode on MAX
     torch_reasons : of a decode on PyTorch, why it is there; at most one of these two is set
-    features : the encoded audio of a decode on MAX
-    tokens : what has been decoded there, None before the first step
+    features : the encoded audio of a decode on MAX, in memory that nobody changes in a custom loop
+    tokens : what has been decoded there, in such memory; None before the first step
     listening : hooks that listen inside the decoder
     """
 
@@ -236,6 +236,9 @@ def _choose(inference: MaxInference, tokens: Tensor, audio_features: Tensor) -> 
         return
     try:
         start(inference, tokens, audio_features)
+        # Upstream looks at the features once. Their memory may hold the next ones when PyTorch
+        # is to go on.
+        decode_of(inference).features = audio_features.clone()
     except UnsupportedByMax as unsupported:
         if settings.active().mode == "strict":
             raise
@@ -259,7 +262,7 @@ def _step(
         # Upstream appends them all, under a mask made for the beginning of a text.
         refuse(["a second prompt in an open decode"])
     logits = hooks.decoder(decode.listening, session, new, features)
-    decode.tokens = new if decoded is None else torch.cat([decoded, new], dim=1)
+    decode.tokens = new.clone() if decoded is None else torch.cat([decoded, new], dim=1)
     return logits
 
 
