@@ -77,6 +77,18 @@ def take_out(name):
     )
 
 
+def put_back(name):
+    """A layer under its old number, by which it comes to stand behind the others."""
+
+    def change(part):
+        owner, number = part.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        layer = owner.get_submodule(number)
+        delattr(owner, number)
+        setattr(owner, number, layer)
+
+    return change
+
+
 def make_plain(name, parameter):
     """A tensor that is no parameter or buffer, as old ways of reparametrizing leave it."""
 
@@ -110,6 +122,8 @@ CHANGES = {
     "blocks.0.mlp.3 is no part of upstream's": lambda part: part.blocks[0].mlp.append(
         whisper.model.Linear(128, 128)
     ),
+    "blocks has its layers in another order": put_back("blocks.0"),
+    "blocks.0.mlp has its layers in another order": put_back("blocks.0.mlp.1"),
     "blocks.1.attn has n_head=1": change_heads,
     "blocks.0.attn.query was replaced": adapt,
     "blocks.0 was replaced by test_changed_parts.Wrapped": wrap,

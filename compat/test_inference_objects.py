@@ -205,6 +205,25 @@ def test_buffers_filled_anew_before_pytorch_goes_on(model, windows, steps):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("later", [None, FEATURES.double(), FEATURES.half()])
+@torch.no_grad()
+def test_features_of_a_later_step_that_upstream_cannot_take(model, later):
+    def outcome(model):
+        inference = decoding.PyTorchInference(model, PROMPT)
+        inference.logits(TOKENS[:, :PROMPT], FEATURES)
+        try:
+            inference.logits(TOKENS[:, : PROMPT + 1], later)
+        except (AttributeError, RuntimeError) as error:
+            return type(error), str(error)
+        finally:
+            inference.cleanup_caching()
+
+    expected = outcome(on_pytorch(model))
+    assert expected is not None
+    with with_fallback():
+        assert outcome(model) == expected
+
+
 def test_pickles_load_without_us(plain, checkpoint, mel, tmp_path):
     with with_fallback():
         task = decoding.DecodingTask(checkpoint, OPTIONS)

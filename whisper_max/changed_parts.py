@@ -44,6 +44,8 @@ def _linear(outputs: int, inputs: int) -> Part:
 _ATTENTION = "whisper.model.MultiHeadAttention"
 _NORM = Part("whisper.model.LayerNorm", (1,))
 _BLOCKS = Part("torch.nn.modules.container.ModuleList")
+_MLP = Part("torch.nn.modules.container.Sequential")
+_RUN_IN_ORDER = (_BLOCKS.cls, _MLP.cls)
 _ENCODER = {
     "conv1": Part("whisper.model.Conv1d", (1, None), (3,), heard=True),
     "conv2": Part("whisper.model.Conv1d", (1, 1), (3,)),
@@ -68,7 +70,7 @@ def _attention(name: str, *, heard: bool = False) -> dict[str, Part]:
 _ENCODER_BLOCK = {
     "": Part("whisper.model.ResidualAttentionBlock"),
     **_attention("attn"),
-    ".mlp": Part("torch.nn.modules.container.Sequential"),
+    ".mlp": _MLP,
     ".mlp.0": _linear(4, 1),
     ".mlp.1": Part("torch.nn.modules.activation.GELU"),
     ".mlp.2": _linear(1, 4),
@@ -279,11 +281,27 @@ def _change(
     for setting, value in part.settings:
         if (found := getattr(child, setting, None)) != value:
             return f"{name} has {setting}={found!r}"
+    if part.cls in _RUN_IN_ORDER and _are_permuted(tuple(own["_modules"])):
+        return f"{name} has its layers in another order"
     if part.cls == _ATTENTION and child.n_head != heads:
         return f"{name} has n_head={child.n_head!r}"
     if part.shape and (changed := _changed_parameters(child, part)):
         return f"{name} {changed}"
     return None
+
+
+def _are_permuted(numbers: tuple[str, ...]) -> bool:
+    """Whether layers that are numbered do not stand as they are, which is how upstream runs them.
+
+    One that was taken out and put back under its old number comes last.
+    """
+    in_order = _numbers(len(numbers))
+    return numbers != in_order and set(numbers) == set(in_order)
+
+
+@lru_cache(maxsize=None)
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
 
 
 def _changed_parameters(child: nn.Module, part: Part) -> str | None:

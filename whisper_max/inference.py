@@ -253,6 +253,9 @@ def _step(
     for rows in (tokens, *([] if decoded is None else [decoded])):
         if len(rows) != session.rows:
             refuse([f"the decode began with {session.rows} rows and goes on with {len(rows)}"])
+    if getattr(features, "dtype", None) is not decode.features.dtype:
+        # Upstream does not read them any more, but converts to their dtype.
+        refuse([f"the features of a later step are {getattr(features, 'dtype', 'no tensor')}"])
     decoder = inference.model.decoder
     refuse(bypass_reasons("decoder", decoder))
     n_vocab = len(decoder.token_embedding.weight)
