@@ -125,6 +125,8 @@ CHANGES = {
     "blocks has its layers in another order": put_back("blocks.0"),
     "blocks.0.mlp has its layers in another order": put_back("blocks.0.mlp.1"),
     "blocks.1.attn has n_head=1": change_heads,
+    "blocks.0.mlp was replaced": lambda part: vars(part.blocks[0]).update(mlp=nn.Identity()),
+    "its blocks was replaced": lambda part: vars(part).update(blocks=part.blocks[:1]),
     "blocks.0.attn.query was replaced": adapt,
     "blocks.0 was replaced by test_changed_parts.Wrapped": wrap,
     "extra is no part of upstream's": lambda part: part.register_module("extra", nn.GELU()),
@@ -170,6 +172,9 @@ OF_THE_ENCODER = {
     ),
 }
 OF_THE_DECODER = {
+    "token_embedding has a bias of shape (100,)": lambda part: part.token_embedding.__setattr__(
+        "bias", nn.Parameter(torch.ones(100))
+    ),
     "blocks.0.cross_attn is missing": take_out("blocks.0.cross_attn"),
     "mask is missing": lambda part: part.__setattr__("mask", None),
     "mask is not the causal one": lambda part: part.mask.zero_(),
@@ -260,6 +265,27 @@ def test_fewer_blocks_run_on_max(model, target):
     with on_max():
         found = call(whisper_max.accelerate(model), target)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("target", ["encoder", "decoder"])
+def test_a_class_with_a_property_in_place_of_a_part(model, target):
+    def leave_early(part):
+        class EarlyExit(type(part)):
+            @property
+            def blocks(self):
+                return self._modules["blocks"][:1]
+
+        part.__class__ = EarlyExit
+
+    plain = on_pytorch(model)
+    leave_early(getattr(plain, target))
+    with with_fallback():
+        whisper_max.accelerate(model)
+        call(model, target)
+        leave_early(getattr(model, target))
+        assert torch.equal(call(model, target), call(plain, target))
+        reasons = whisper_max.status().targets[target].reasons
+    assert any("its class was given another blocks" in reason for reason in reasons)
 
 
 def test_a_class_given_another_forward_in_the_middle(model, monkeypatch):

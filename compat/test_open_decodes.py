@@ -75,12 +75,71 @@ def assert_same_outcomes(model, calls) -> dict[str, int]:
         ([3, 4, [1, 2], 5, 6], "the decode began with 3 rows and goes on with 2"),
         ([3, 4, [0, 1, 2, 2], 5, 6], "the decode began with 3 rows and goes on with 4"),
         ([3, [2, 1, 0], 4, [1, 1, 0], 5], None),
+        ([3, [0, 2], [0, 0, 1], 4], "the decode began with 3 rows and goes on with 2"),
+        ([3, [0, 1, 2, 2], [3, 0, 1], 4], "the decode began with 3 rows and goes on with 4"),
     ],
     ids=str,
 )
 def test_calls(model, calls, reason):
     reasons = assert_same_outcomes(model, calls)
     assert reason is None or reason in reasons
+
+
+def move_windows(inference):
+    blocks = inference.model.decoder.blocks
+    layers = [(block.cross_attn.key, block.cross_attn.value) for block in blocks]
+    inference.kv_modules += [layer for pair in layers for layer in pair]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda inference: None, "rows of several windows change places"),
+        (move_windows, "rows of several windows change places"),
+        (lambda inference: inference.kv_modules.clear(), "rows of several windows change places"),
+    ],
+    ids=["upstream's", "cross attention's, too", "none"],
+)
+@torch.no_grad()
+def test_rows_of_several_windows_change_places(model, change, reason):
+    features = numbers((3, 60, 128), 7)
+
+    def outcome(model):
+        inference = decoding.PyTorchInference(model, PROMPT)
+        change(inference)
+        inference.logits(TOKENS[:, :PROMPT], features)
+        inference.rearrange_kv_cache([1, 2, 0])
+        caches = [cache.clone() for cache in inference.kv_cache.values()]
+        logits = inference.logits(TOKENS[[1, 2, 0], : PROMPT + 1], features)
+        inference.cleanup_caching()
+        return caches, logits
+
+    expected = outcome(on_pytorch(model))
+    with with_fallback():
+        found = outcome(model)
+        assert reason in whisper_max.status().targets["inference"].reasons
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [False, True])
+def test_other_caches_change_places(plain, checkpoint, beams):
+    """As for who has switched it off."""
+    mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples("en02")))[None]
+    options = decoding.DecodingOptions(fp16=False, language="en", sample_len=12, beam_size=3)
+
+    class Own(decoding.DecodingTask):
+        """A loop that runs on MAX step by step."""
+
+    def outcome(model):
+        task = (decoding.DecodingTask if beams else Own)(model, options)
+        task.inference.kv_modules = []
+        return task.run(mel)[0].tokens
+
+    expected = outcome(plain)
+    with with_fallback():
+        assert outcome(checkpoint) == expected
+        reasons = whisper_max.status().targets["decoding_loop" if beams else "inference"].reasons
+    assert "the inference's kv_modules are not upstream's" in reasons
 
 
 def begin_anew(inference):
@@ -176,7 +235,7 @@ def test_a_decoder_that_is_no_module(model):
 
 
 calls = st.lists(
-    st.integers(1, 6) | st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=6
+    st.integers(1, 6) | st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=6
 )
 
 

@@ -15,11 +15,11 @@ from whisper.model import TextDecoder
 from whisper.tokenizer import get_tokenizer
 
 import tolerances
-from harness import exact, on_max, on_pytorch
+from harness import exact, load_checkpoint, on_max, on_pytorch, with_fallback
 from recordings import samples
 from strategies import HEAD_DIM, numbers, recipes, seeds, token_rows
 from tolerances import assert_precise
-from whisper_max import settings
+from whisper_max import report, settings
 from whisper_max.runtime.decoder_session import DecoderSession
 
 
@@ -99,3 +99,34 @@ def test_words_of_a_text(plain, checkpoint, name, all_heads):
         assert ours.start == pytest.approx(theirs.start, abs=tolerances.WORD_SECONDS)
         assert ours.end == pytest.approx(theirs.end, abs=tolerances.WORD_SECONDS)
         assert ours.probability == pytest.approx(theirs.probability, abs=tolerances.PROBABILITY)
+
+
+@pytest.mark.allow_fallback
+@pytest.mark.parametrize("share", ["a block", "cross attention", "self-attention"])
+def test_words_where_attention_stands_in_two_places(share):
+    """Upstream's hook on it is called for both, and keeps the scores of the last."""
+    tokenizer = get_tokenizer(True, language="en")
+    text = tokenizer.encode(" My father wants coffee and chicken.")
+    mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples("en02")))
+
+    def align(model):
+        blocks = model.decoder.blocks
+        if share == "a block":
+            blocks[1] = blocks[0]
+        elif share == "cross attention":
+            blocks[1].cross_attn = blocks[0].cross_attn
+        else:
+            blocks[0].cross_attn = blocks[1].attn
+        heads = torch.ones(2, 2, dtype=torch.bool).to_sparse()
+        model.register_buffer("alignment_heads", heads, persistent=False)
+        try:
+            words = timing.find_alignment(model, tokenizer, text, mel, 400)
+            return [(word.word, word.tokens, word.start, word.end) for word in words]
+        except (IndexError, RuntimeError, TypeError) as error:
+            return type(error)
+
+    expected = align(load_checkpoint())
+    with with_fallback():
+        assert align(load_checkpoint()) == expected
+        reasons = report.status().targets["alignment"].reasons
+    assert any("stands in two places, and is heard in both" in reason for reason in reasons)

@@ -7,6 +7,7 @@ PyTorch with its attention taken apart, it gets logits and cross-attention score
 from __future__ import annotations
 
 import builtins
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import FunctionType, SimpleNamespace
@@ -120,6 +121,8 @@ class _StandIn:
         shape = tuple(self.alignment_heads.shape)
         if shape != (len(decoder.blocks), decoder.blocks[0].attn.n_head):
             refuse([f"alignment_heads have the shape {shape}"])
+        if _hears_twice(decoder):
+            refuse(["a cross-attention module stands in two places, and is heard in both"])
         first_use.runtime().ready_to_decode(decoder, mel, settings.active())
         features = self.model.encoder(mel)
         refuse(audio_reasons(decoder, tokens, features))
@@ -134,6 +137,13 @@ class _StandIn:
             if layer in self._hooks:
                 self._hooks[layer](None, None, (None, qk))
         return logits.unsqueeze(0)
+
+
+def _hears_twice(decoder: nn.Module) -> bool:
+    """Whether upstream's hooks on cross attention are called for more than one attention each."""
+    crossing = [block.cross_attn for block in decoder.blocks]
+    attending = Counter(map(id, [*crossing, *(block.attn for block in decoder.blocks)]))
+    return any(attending[id(module)] > 1 for module in crossing)
 
 
 class _Hookable:

@@ -42,6 +42,7 @@ def _linear(outputs: int, inputs: int) -> Part:
 
 
 _ATTENTION = "whisper.model.MultiHeadAttention"
+_EMBEDDING = "torch.nn.modules.sparse.Embedding"
 _NORM = Part("whisper.model.LayerNorm", (1,))
 _BLOCKS = Part("torch.nn.modules.container.ModuleList")
 _MLP = Part("torch.nn.modules.container.Sequential")
@@ -53,7 +54,7 @@ _ENCODER = {
     "ln_post": _NORM,
 }
 _DECODER = {
-    "token_embedding": Part("torch.nn.modules.sparse.Embedding", (None, 1), heard=True),
+    "token_embedding": Part(_EMBEDDING, (None, 1), heard=True),
     "blocks": _BLOCKS,
     "ln": _NORM._replace(heard=True),
 }
@@ -93,6 +94,11 @@ CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 CALLS_OF_ONE = ("forward", "_call_impl", "_compiled_call_impl")
 """What `torch.nn.Module` looks up on an instance, where it may be replaced as well."""
 _METHODS_OF_ONE = _METHODS.union(CALLS_OF_ONE)
+_NAMES = ("positional_embedding", "mask", "weight", "bias")
+_OWN_NAMES = frozenset(_NAMES).union(
+    *(name.split(".") for name in (*_ENCODER, *_DECODER, *_DECODER_BLOCK) if name)
+) - {""}
+"""Of parts, parameters and buffers: a class that has such an attribute shadows them."""
 _FUNCTIONS = ("linear", "conv1d", "gelu", "layer_norm", "softmax", "embedding")
 """Of torch.nn.functional, which those methods call."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -199,6 +205,7 @@ class _Classes:
                 for name in (*_METHODS, *CALLS)
                 if name in own and is_replaced(own[name], base.__module__)
             ]
+            replaced += _OWN_NAMES.intersection(own)
             self._replaced[base] = replaced[0] if replaced else None
         return self._replaced[base]
 
@@ -209,8 +216,10 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
     _, changed = classes.look_at(type(module))
     if changed:
         yield f"its class was given another {changed}"
+    if (shadowed := _shadowed(module)) is not None:
+        yield f"its {shadowed} was replaced"
     attention = getattr(sys.modules["whisper.model"], "scaled_dot_product_attention", None)
-    if not (attention is None or isinstance(attention, BuiltinFunctionType)):
+    if attention not in (None, sys.modules["torch"]._C._nn.scaled_dot_product_attention):
         yield "whisper.model.scaled_dot_product_attention was replaced"
     yield from function_changes("whisper.model", _FUNCTIONS)
     positions = _own_tensor(module, "positional_embedding")
@@ -272,6 +281,8 @@ def _change(
     own = vars(child)
     if any(map(own.get, HOOKS)) and not (part.heard and only_listens(child)):
         return f"{name} has hooks"
+    if (shadowed := _shadowed(child)) is not None:
+        return f"{name}.{shadowed} was replaced"
     replaced = (method for method in _METHODS_OF_ONE if own.get(method) is not None)
     changed = next(replaced, changed)
     if changed:
@@ -287,6 +298,15 @@ def _change(
         return f"{name} has n_head={child.n_head!r}"
     if part.shape and (changed := _changed_parameters(child, part)):
         return f"{name} {changed}"
+    return None
+
+
+def _shadowed(module: nn.Module) -> str | None:
+    """A part or tensor whose place an attribute of the instance has taken, if any."""
+    own = vars(module)
+    for kind in ("_modules", "_parameters", "_buffers"):
+        if not own.keys().isdisjoint(own[kind]):
+            return min(own.keys() & own[kind])
     return None
 
 
@@ -319,7 +339,7 @@ def _changed_parameters(child: nn.Module, part: Part) -> str | None:
         # A linear layer may go without. But one that is no parameter would go unseen.
         unseen = getattr(child, "bias", None) is not None
         return "has no bias of its own" if unseen or part.cls == _NORM.cls else None
-    if bias.shape != shape[:1]:
+    if bias.shape != shape[:1] or part.cls == _EMBEDDING:
         return f"has a bias of shape {tuple(bias.shape)}"
     return None
 

@@ -284,6 +284,8 @@ def _reasons(task: DecodingTask, tokens: Tensor) -> list[str]:
         reasons.append("the token decoder's update was replaced")
     elif isinstance(decoder, BeamSearchDecoder) and decoder.inference is not task.inference:
         reasons.append("the token decoder has an inference of its own")
+    elif isinstance(decoder, BeamSearchDecoder):
+        reasons += inference.kv_modules_reasons(task.inference)
     if torch.get_default_dtype() is not torch.float32:  # of upstream's sums, too
         reasons.append(f"the default dtype is {torch.get_default_dtype()}, not float32")
     if type(task.sample_len) is not int or task.sample_len < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,16 +115,15 @@ class MaxInference(UpstreamInference):
     def rearrange_kv_cache(self, source_indices: list[int]) -> None:
         """Row i continues what row source_indices[i] was."""
         decode = decode_of(self)
-        if is_open(self) and not _are_rows(source_indices):
-            _hand_over(self, ["rows change places by something else than a list of integers"])
+        if is_open(self):
+            reasons = _rearrangement_reasons(self, source_indices)
+            if reasons:
+                _hand_over(self, reasons)
         if decode.session is None:
             super().rearrange_kv_cache(source_indices)
-        elif source_indices != list(range(len(source_indices))):
-            if decode.tokens is not None:
-                decode.tokens = decode.tokens[source_indices]
-            if len(source_indices) == decode.session.rows:
-                decode.session.reorder(source_indices)
-            # With more rows or fewer the next step refuses, and PyTorch goes on.
+        elif decode.tokens is not None and not _stay(source_indices):
+            decode.tokens = decode.tokens[source_indices]
+            decode.session.reorder(source_indices)
 
     def cleanup_caching(self) -> None:
         """Ends the decode; the next one chooses its path anew."""
@@ -252,7 +252,7 @@ def _step(
     session, decoded = decode.session, decode.tokens
     for rows in (tokens, *([] if decoded is None else [decoded])):
         if len(rows) != session.rows:
-            refuse([f"the decode began with {session.rows} rows and goes on with {len(rows)}"])
+            refuse([row_count_reason(session.rows, len(rows))])
     if getattr(features, "dtype", None) is not decode.features.dtype:
         # Upstream does not read them any more, but converts to their dtype.
         refuse([f"the features of a later step are {getattr(features, 'dtype', 'no tensor')}"])
@@ -286,9 +286,38 @@ def _fill_caches(inference: MaxInference) -> None:
         forward(decoder, decode.tokens, decode.features, kv_cache=inference.kv_cache)
 
 
-def _are_rows(source_indices: object) -> bool:
-    """Whether these are a list of plain row numbers."""
-    return type(source_indices) is list and all(type(row) is int for row in source_indices)
+def _rearrangement_reasons(inference: MaxInference, source_indices: object) -> list[str]:
+    """Reasons against rows of an open decode changing places on MAX."""
+    if type(source_indices) is not list or any(type(row) is not int for row in source_indices):
+        return ["rows change places by something else than a list of integers"]
+    if _stay(source_indices):
+        return []
+    session = decode_of(inference).session
+    if len(source_indices) != session.rows:
+        return [row_count_reason(session.rows, len(source_indices))]
+    if session.windows > 1:
+        # What a row has decoded with another window PyTorch could not decode again.
+        return ["rows of several windows change places"]
+    return kv_modules_reasons(inference)
+
+
+def _stay(source_indices: list[int]) -> bool:
+    """Whether upstream has nothing to do."""
+    return source_indices == list(range(len(source_indices)))
+
+
+def row_count_reason(rows: int, found: int) -> str:
+    return f"the decode began with {rows} rows and goes on with {found}"
+
+
+def kv_modules_reasons(inference: MaxInference) -> list[str]:
+    """Why other caches would change places upstream than those of self-attention, if so."""
+    blocks = inference.model.decoder.blocks
+    upstreams = [getattr(block.attn, name) for name in ("key", "value") for block in blocks]
+    found = getattr(inference, "kv_modules", None)
+    if type(found) is list and len(found) == len(upstreams) and all(map(is_, found, upstreams)):
+        return []
+    return ["the inference's kv_modules are not upstream's"]
 
 
 def inference_reasons(

@@ -74,7 +74,7 @@ class Rules:
         last_time = next((token for token in reversed(sampled) if token >= begin), None)
         if last_time is not None:
             # They do not decrease, and a segment is not empty.
-            time_from = last_time if pair_is_open else last_time + 1
+            time_from = max(last_time, self.eot) if pair_is_open else last_time + 1
         return Rule(text_from, text_to, min(time_from, time_to), time_to, 1)
 
 
