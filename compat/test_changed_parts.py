@@ -66,6 +66,12 @@ def change_heads(part):
     part.blocks[1].attn.n_head = 1
 
 
+def without_heads(part):
+    for name, layer in part.named_modules():
+        if name.endswith("attn"):
+            layer.n_head = 0
+
+
 def without_bias(part):
     """As `LayerNorm(bias=False)` leaves it."""
     part.blocks[1].mlp_ln.bias = None
@@ -126,6 +132,10 @@ CHANGES = {
     "blocks.0.mlp has its layers in another order": put_back("blocks.0.mlp.1"),
     "blocks.1.attn has n_head=1": change_heads,
     "blocks.0.mlp was replaced": lambda part: vars(part.blocks[0]).update(mlp=nn.Identity()),
+    "blocks.1.mlp.0.weight was replaced": lambda part: part.blocks[1].mlp[0]._buffers.update(
+        weight=torch.zeros(1, 1)
+    ),
+    "it has no heads": without_heads,
     "its blocks was replaced": lambda part: vars(part).update(blocks=part.blocks[:1]),
     "blocks.0.attn.query was replaced": adapt,
     "blocks.0 was replaced by test_changed_parts.Wrapped": wrap,
@@ -209,7 +219,7 @@ def outcome(model, target):
     """The result, or what PyTorch raises; the message may name our class."""
     try:
         return call(model, target)
-    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ZeroDivisionError) as error:
         return type(error)
 
 
@@ -262,6 +272,16 @@ def test_fewer_blocks_run_on_max(model, target):
     part = getattr(model, target)
     part.blocks = part.blocks[1:]
     expected = call(model, target)
+    with on_max():
+        found = call(whisper_max.accelerate(model), target)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("target", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", ["step", "99"])
+def test_a_tensor_beside_the_blocks(model, target, name):
+    getattr(model, target).blocks.register_buffer(name, torch.zeros(1))
+    expected = call(on_pytorch(model), target)
     with on_max():
         found = call(whisper_max.accelerate(model), target)
     assert_close(found, expected)

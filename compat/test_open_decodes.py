@@ -121,6 +121,62 @@ def test_rows_of_several_windows_change_places(model, change, reason):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_weights_that_move_in_the_middle():
+    """To memory that processes share; what held them is given back."""
+
+    def outcome(model):
+        inference = decoding.PyTorchInference(model, PROMPT)
+        inference.logits(TOKENS[:, :PROMPT], FEATURES)
+        model.decoder.share_memory()
+        logits = inference.logits(TOKENS[:, : PROMPT + 1], FEATURES)
+        inference.cleanup_caching()
+        return logits
+
+    model = small().build()
+    expected = outcome(on_pytorch(model))
+    with with_fallback():
+        found = outcome(whisper_max.accelerate(model))
+        assert whisper_max.status().targets["inference"].max_calls == 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_of_a_larger_vocabulary_that_came_in_the_middle():
+    """What MAX has packed ends with the first one."""
+    model = small().build()
+    n_vocab, n_state = model.decoder.token_embedding.weight.shape
+    with with_fallback():
+        whisper_max.accelerate(model)
+        inference = decoding.PyTorchInference(model, PROMPT)
+        inference.logits(TOKENS[:, :PROMPT], FEATURES)
+        model.decoder.token_embedding = torch.nn.Embedding(n_vocab + 9000, n_state)
+        tokens = TOKENS[:, : PROMPT + 1].clone()
+        tokens[:, -1] = n_vocab + 8999
+        assert inference.logits(tokens, FEATURES).shape == (3, 1, n_vocab + 9000)
+        inference.cleanup_caching()
+        reasons = whisper_max.status().targets["inference"].reasons
+    assert any("tokens outside the vocabulary" in reason for reason in reasons)
+
+
+def test_beams_that_begin_with_other_tokens(plain, checkpoint):
+    mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples("en02")))[None]
+    options = decoding.DecodingOptions(fp16=False, language="en", sample_len=12, beam_size=2)
+
+    @torch.no_grad()
+    def outcome(model):
+        task = decoding.DecodingTask(model, options)
+        prompts = torch.tensor([task.initial_tokens, task.initial_tokens])
+        prompts[1, 1] = task.tokenizer.to_language_token("de")
+        return task._main_loop(model.embed_audio(mel), prompts)[0].tolist()
+
+    expected = outcome(plain)
+    with with_fallback():
+        assert outcome(checkpoint) == expected
+        reasons = whisper_max.status().targets["decoding_loop"].reasons
+    assert "the beams of a window begin with other tokens" in reasons
+
+
 @pytest.mark.parametrize("beams", [False, True])
 def test_other_caches_change_places(plain, checkpoint, beams):
     """As for who has switched it off."""

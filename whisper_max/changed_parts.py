@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import combinations
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -248,6 +249,8 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
             told += (f"{name}.",)
     if heads:
         yield from head_reasons(heads, n_state)
+    elif count:
+        yield "it has no heads"
 
 
 def function_changes(module: str, names: Sequence[str]) -> Iterator[str]:
@@ -302,11 +305,12 @@ def _change(
 
 
 def _shadowed(module: nn.Module) -> str | None:
-    """A part or tensor whose place an attribute of the instance has taken, if any."""
+    """A part or tensor whose place something else of this name has taken, if any."""
     own = vars(module)
-    for kind in ("_modules", "_parameters", "_buffers"):
-        if not own.keys().isdisjoint(own[kind]):
-            return min(own.keys() & own[kind])
+    places = own, own["_parameters"], own["_buffers"], own["_modules"]
+    for place, other in combinations(places, 2):
+        if other and not place.keys().isdisjoint(other):
+            return min(place.keys() & other.keys())
     return None
 
 

@@ -285,7 +285,11 @@ def _reasons(task: DecodingTask, tokens: Tensor) -> list[str]:
     elif isinstance(decoder, BeamSearchDecoder) and decoder.inference is not task.inference:
         reasons.append("the token decoder has an inference of its own")
     elif isinstance(decoder, BeamSearchDecoder):
-        reasons += inference.kv_modules_reasons(task.inference)
+        if type(task.inference) is inference.MaxInference:
+            reasons += inference.kv_modules_reasons(task.inference)
+        of_windows = tokens[:: decoder.beam_size].repeat_interleave(decoder.beam_size, dim=0)
+        if not torch.equal(of_windows, tokens):
+            reasons.append("the beams of a window begin with other tokens")
     if torch.get_default_dtype() is not torch.float32:  # of upstream's sums, too
         reasons.append(f"the default dtype is {torch.get_default_dtype()}, not float32")
     if type(task.sample_len) is not int or task.sample_len < 1:

@@ -159,6 +159,7 @@ class _Decode:
     torch_reasons : of a decode on PyTorch, why it is there; at most one of these two is set
     features : the encoded audio of a decode on MAX, in memory that nobody changes in a custom loop
     tokens : what has been decoded there, in such memory; None before the first step
+    n_vocab : how many tokens its weights know, which the model may exchange meanwhile
     listening : hooks that listen inside the decoder
     """
 
@@ -167,6 +168,7 @@ class _Decode:
     torch_reasons: Sequence[str] | None = None
     features: Tensor | None = None
     tokens: Tensor | None = None
+    n_vocab: int = 0
     listening: listeners.HookPoints | None = None
 
 
@@ -207,6 +209,7 @@ def start(
         )
     decode.torch_reasons = None
     decode.features = audio_features
+    decode.n_vocab = len(decoder.token_embedding.weight)
     return decode.session
 
 
@@ -258,8 +261,7 @@ def _step(
         refuse([f"the features of a later step are {getattr(features, 'dtype', 'no tensor')}"])
     decoder = inference.model.decoder
     refuse(bypass_reasons("decoder", decoder))
-    n_vocab = len(decoder.token_embedding.weight)
-    refuse(tokens_reasons(tokens, tokens.shape[-1], n_vocab, decode.features.device))
+    refuse(tokens_reasons(tokens, tokens.shape[-1], decode.n_vocab, decode.features.device))
     new = tokens if tokens.shape[-1] <= inference.initial_token_length else tokens[:, -1:]
     if decoded is not None and new.shape[1] > 1:
         # Upstream appends them all, under a mask made for the beginning of a text.
