@@ -92,16 +92,12 @@ def move_windows(inference):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda inference: None, "rows of several windows change places"),
-        (move_windows, "rows of several windows change places"),
-        (lambda inference: inference.kv_modules.clear(), "rows of several windows change places"),
-    ],
-    ids=["upstream's", "cross attention's, too", "none"],
+    "change",
+    [move_windows, lambda inference: inference.kv_modules.clear()],
+    ids=["cross attention's, too", "none"],
 )
 @torch.no_grad()
-def test_rows_of_several_windows_change_places(model, change, reason):
+def test_other_caches_of_several_windows_change_places(model, change):
     features = numbers((3, 60, 128), 7)
 
     def outcome(model):
@@ -117,7 +113,8 @@ def test_rows_of_several_windows_change_places(model, change, reason):
     expected = outcome(on_pytorch(model))
     with with_fallback():
         found = outcome(model)
-        assert reason in whisper_max.status().targets["inference"].reasons
+        reasons = whisper_max.status().targets["inference"].reasons
+    assert "the inference's kv_modules are not upstream's" in reasons
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

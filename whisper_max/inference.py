@@ -297,9 +297,6 @@ def _rearrangement_reasons(inference: MaxInference, source_indices: object) -> l
     session = decode_of(inference).session
     if len(source_indices) != session.rows:
         return [row_count_reason(session.rows, len(source_indices))]
-    if session.windows > 1:
-        # What a row has decoded with another window PyTorch could not decode again.
-        return ["rows of several windows change places"]
     return kv_modules_reasons(inference)
 
 
