@@ -124,6 +124,9 @@ CHANGES = {
         1, nn.GELU("tanh")
     ),
     "blocks.0.attn_ln has eps=0.01": change_epsilon,
+    "blocks.1.mlp_ln has normalized_shape=(64,)": lambda part: part.blocks[1].mlp_ln.__setattr__(
+        "normalized_shape", (64,)
+    ),
     "blocks.0.mlp.0 has weights of shape (1024, 128)": widen,
     "blocks.0.mlp.3 is no part of upstream's": lambda part: part.blocks[0].mlp.append(
         whisper.model.Linear(128, 128)

@@ -497,6 +497,22 @@ def test_whispers_code_reloaded_while_it_runs(plain, checkpoint, monkeypatch, ho
     assert found == tokens(plain) != before
 
 
+@pytest.mark.allow_fallback
+def test_a_method_exchanged_for_that_of_another_class(plain, checkpoint, monkeypatch):
+    """Both are upstream's own: here timestamps follow no rules any more."""
+
+    def tokens(model):
+        mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples("en01")))
+        return whisper.decode(model, mel, decoding.DecodingOptions(fp16=False)).tokens
+
+    with_rules = tokens(plain)
+    monkeypatch.setattr(decoding.ApplyTimestampRules, "apply", decoding.SuppressBlank.apply)
+    expected = tokens(plain)
+    assert expected != with_rules
+    with with_fallback():
+        assert tokens(checkpoint) == expected
+
+
 @pytest.mark.parametrize(
     ("owner", "name"),
     [

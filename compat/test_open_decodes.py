@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from whisper import decoding
 
 import whisper_max
-from harness import on_pytorch, with_fallback
+from harness import fail_from, on_pytorch, with_fallback
 from recordings import samples
 from strategies import numbers, small, token_rows
 
@@ -116,6 +116,32 @@ def test_other_caches_of_several_windows_change_places(model, change):
         reasons = whisper_max.status().targets["inference"].reasons
     assert "the inference's kv_modules are not upstream's" in reasons
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@torch.no_grad()
+def test_rows_of_several_windows_change_places(model, monkeypatch, alike):
+    """PyTorch takes over in the end: what a row has heard before it heard in another window."""
+    features = numbers((1 if alike else 3, 60, 128), 7).expand(3, 60, 128).contiguous()
+    moved = TOKENS[[1, 2, 0]]
+
+    def outcome(model, in_the_end=lambda: None):
+        inference = decoding.PyTorchInference(model, PROMPT)
+        found = [inference.logits(TOKENS[:, :PROMPT], features)]
+        inference.rearrange_kv_cache([1, 2, 0])
+        found.append(inference.logits(moved[:, : PROMPT + 1], features))
+        in_the_end()
+        found.append(inference.logits(moved[:, : PROMPT + 2], features))
+        inference.cleanup_caching()
+        return found
+
+    expected = outcome(on_pytorch(model))
+    with with_fallback():
+        found = outcome(model, lambda: fail_from(monkeypatch, 0))
+        ran = whisper_max.status().targets["inference"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert ran.max_calls == (2 if alike else 1)
+    assert ("a row goes on as one of another window" in ran.reasons) is not alike
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ import torch
 import whisper
 
 import tolerances
+import whisper_max
 from harness import on_max
 from recordings import LONG, NAMES, assert_same_result, samples
+from whisper_max import report
 
 SEED = 11
 
@@ -64,6 +66,25 @@ def test_a_model_loaded_while_patched(plain):
         model = load_checkpoint()
         assert type(model.encoder).__name__ == "MaxAudioEncoder"
         assert_same_result(transcribe(model, samples("es01")), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"beam_size": 5}, {"word_timestamps": True}], ids=str)
+def test_a_single_accelerated_model(plain, checkpoint, options, monkeypatch):
+    """All of it runs on MAX, without patch(); another model's decode is openai-whisper's own."""
+    expected = transcribe(plain, samples("en01"), **options)
+    monkeypatch.setenv("WHISPER_MAX_COMPILE", "blocking")
+    monkeypatch.setenv("WHISPER_MAX_MODE", "strict")
+    whisper_max.accelerate(checkpoint)
+    assert_same_result(transcribe(checkpoint, samples("en01"), **options), expected)
+    ran = whisper_max.status().targets
+    assert ran["encoder"].max_calls and ran["decoding_loop"].max_calls
+    assert bool(ran["alignment"].max_calls) == ("word_timestamps" in options)
+    assert not any(counted.torch_calls for counted in ran.values())
+
+    report.reset()
+    assert transcribe(plain, samples("en01"), **options) == expected
+    assert not any(counted.max_calls for counted in whisper_max.status().targets.values())
+    report.reset()
 
 
 def test_fallback_is_forced_and_reaches_the_last_temperature(plain, checkpoint):

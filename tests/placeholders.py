@@ -77,20 +77,20 @@ def install_replacements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     class MaxInference(decoding.PyTorchInference):
         def __init__(self, model, initial_token_length):
-            note("inference")
+            note("inference", model.decoder)
             live_models.adopt(model)
             super().__init__(model, initial_token_length)
 
     def max_main_loop(self, audio_features, tokens):
-        note("decoding_loop")
+        note("decoding_loop", self.model.decoder)
         return main_loop(self, audio_features, tokens)
 
     def max_run(self, mel):
         return run(self, mel)
 
-    def find_alignment(*args, **options):
-        note("alignment")
-        return align(*args, **options)
+    def find_alignment(model, *args, **options):
+        note("alignment", getattr(model, "decoder", None))
+        return align(model, *args, **options)
 
     for name, replacement in (
         ("audio_encoder", MaxAudioEncoder),

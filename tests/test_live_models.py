@@ -10,6 +10,7 @@ import pytest
 
 import whisper_max
 from whisper_max import activation, live_models, patching, settings, versions
+from whisper_max.settings import TARGETS
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,12 @@ def classes(model) -> tuple[str, str]:
 
 MAX = ("MaxAudioEncoder", "MaxTextDecoder")
 UPSTREAM = ("AudioEncoder", "TextDecoder")
+
+
+def ours_stand() -> list[str]:
+    """The targets in whose places in openai-whisper something of ours stands."""
+    found = {target: placeholders.upstream(target) for target in TARGETS}
+    return [name for name, thing in found.items() if thing.__module__.startswith("whisper_max.")]
 
 
 def encode(model):
@@ -84,6 +91,62 @@ def test_accelerate_works_without_patch_and_obeys_disabled_and_off(model, calls)
     assert calls == ["encoder: disabled", "encoder: mode is 'off'", "encoder: MAX"]
 
 
+def test_decodes_of_accelerated_models_alone_run_on_max(model, calls):
+    """The names that every decode looks up are replaced, as long as there is such a model."""
+    other = new_model()
+    whisper_max.accelerate(model)
+    assert ours_stand() == ["inference", "decoding_loop", "alignment"]
+    assert not whisper_max.is_patched()
+    decode(model)
+    decode(other)
+    assert calls == ["inference: MAX", "inference: the inference is not patched"]
+    assert classes(other) == UPSTREAM
+
+    whisper_max.accelerate(other)
+    whisper_max.restore(model)
+    assert ours_stand() == ["inference", "decoding_loop", "alignment"]
+    whisper_max.restore(other)
+    assert not ours_stand()
+
+
+def test_patching_and_accelerating_leave_each_others_names_alone(model):
+    whisper_max.accelerate(model)
+    with whisper_max.patched(targets=("encoder", "inference")):
+        assert ours_stand() == ["encoder", "inference", "decoding_loop", "alignment"]
+        assert whisper_max.is_patched("inference") and not whisper_max.is_patched("alignment")
+        whisper_max.restore(model)
+        assert ours_stand() == ["encoder", "inference"]
+        whisper_max.accelerate(model)
+    assert ours_stand() == ["inference", "decoding_loop", "alignment"]
+    whisper_max.unpatch()
+    assert not ours_stand() and classes(model) == UPSTREAM
+
+
+def test_what_somebody_else_has_replaced_stays(model, monkeypatch, caplog):
+    from whisper import timing
+
+    caplog.set_level("INFO", logger="whisper_max")
+    monkeypatch.setattr(timing, "find_alignment", lambda *_: [])
+    whisper_max.accelerate(model)
+    assert ours_stand() == ["inference", "decoding_loop"]
+    assert "alignment stays on PyTorch: whisper.timing.find_alignment" in caplog.text
+    monkeypatch.setenv("WHISPER_MAX_MODE", "strict")
+    with pytest.raises(whisper_max.UnsupportedByMax, match="find_alignment"):
+        whisper_max.accelerate(new_model())
+
+
+def test_restoring_leaves_what_somebody_else_has_replaced_since(model, monkeypatch):
+    from whisper import timing
+
+    monkeypatch.setattr(timing, "find_alignment", timing.find_alignment)  # put back in the end
+    whisper_max.accelerate(model)
+    timing.find_alignment = others = lambda *_: []
+    with pytest.warns(RuntimeWarning, match="find_alignment was replaced") as told:
+        whisper_max.restore(model)
+    assert [warning.filename for warning in told] == [__file__]
+    assert timing.find_alignment is others
+
+
 def test_a_subclass_is_left_alone(model, caplog):
     caplog.set_level("INFO", logger="whisper_max")
 
@@ -119,7 +182,9 @@ def test_without_max_or_switched_off_nothing_is_swapped(model, monkeypatch, capl
         monkeypatch.setenv("WHISPER_MAX_MODE", "off")
     assert whisper_max.accelerate(model) is model
     assert classes(model) == UPSTREAM
-    assert [why in entry.message for entry in caplog.records] == [True, True]
+    refused = [entry.message for entry in caplog.records]
+    assert len(refused) >= 2 and all(why in message for message in refused)
+    assert not ours_stand()
 
 
 def test_something_else_is_a_type_error(model):

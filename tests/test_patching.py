@@ -88,7 +88,7 @@ def test_targets_restrict_what_is_patched():
     assert result.patched == ("encoder", "decoder")
     assert [target for target in TARGETS if ours(target)] == ["encoder", "decoder"]
     assert not whisper_max.is_patched("inference")
-    assert patching.is_active("encoder") and not patching.is_active("inference")
+    assert activation.is_active("encoder") and not activation.is_active("inference")
 
 
 def test_an_unknown_target_is_a_value_error():
@@ -207,7 +207,7 @@ def test_what_was_replaced_after_patch_is_left_with_a_warning():
             whisper_max.unpatch()
         assert timing.find_alignment is theirs
         assert not any(ours(target) for target in TARGETS[:-1])
-        assert not patching.is_active("alignment")
+        assert not activation.is_active("alignment")
 
         # Patching again respects it, and the first original stays saved.
         again = whisper_max.patch()
@@ -279,7 +279,7 @@ def test_an_error_at_any_row_rolls_back_all_of_them(monkeypatch, row, error):
             whisper_max.patch()
         assert installed() == before
         assert not whisper_max.is_patched()
-        assert not any(patching.is_active(target) for target in TARGETS)
+        assert not any(activation.is_active(target) for target in TARGETS)
         assert settings.active() == settings.Settings.from_environment()
     finally:
         module.__class__ = ModuleType
@@ -309,7 +309,7 @@ def test_patched_nests_and_each_block_has_its_own_arguments():
                 assert [target for target in TARGETS if ours(target)] == ["encoder", "decoder"]
                 with whisper_max.patched(mode="off"):
                     assert installed() == before
-                    assert not patching.is_active("encoder")
+                    assert not activation.is_active("encoder")
                 assert [target for target in TARGETS if ours(target)] == ["encoder", "decoder"]
             assert settings.active().precision == "highest"
             assert [target for target in TARGETS if ours(target)] == ["encoder"]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .conditions import UnsupportedByMax
-    from .live_models import accelerate, refresh, restore
-    from .patching import is_patched, patch, patched, unpatch
+    from .live_models import refresh
+    from .patching import accelerate, is_patched, patch, patched, restore, unpatch
     from .precompile import compile
     from .report import status
     from .settings import disabled
@@ -36,14 +36,14 @@ __all__ = [
 
 _HOMES = {
     "UnsupportedByMax": "conditions:UnsupportedByMax",
-    "accelerate": "live_models:accelerate",
+    "accelerate": "patching:accelerate",
     "compile": "precompile:compile",
     "disabled": "settings:disabled",
     "is_patched": "patching:is_patched",
     "patch": "patching:patch",
     "patched": "patching:patched",
     "refresh": "live_models:refresh",
-    "restore": "live_models:restore",
+    "restore": "patching:restore",
     "status": "report:status",
     "unpatch": "patching:unpatch",
 }

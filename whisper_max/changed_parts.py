@@ -124,13 +124,19 @@ _first_seen: dict[tuple[str, str], CodeType] = {}
 """The code of methods at first sight, soon after `patch()` has compared it with what it knows."""
 
 
-def is_replaced(method: object, module: str) -> bool:
+def is_replaced(method: object, module: str, owner: type | None = None) -> bool:
     """Whether a method was not written in the module of this name, or was written anew since.
 
     Its `__module__` does not tell: `functools.wraps` copies that. And who reloads changed sources
     into a running program gives functions other code, or classes other functions.
+
+    owner : the class that it should be of, None for a function
     """
     if getattr(method, "__globals__", {}).get("__name__") != module:
+        return True
+    # A function as a method has no class in its name: `Module.forward` is one.
+    written_in = method.__qualname__.rpartition(".")[0]
+    if owner is not None and written_in not in ("", owner.__qualname__):
         return True
     code = method.__code__
     first = _first_seen.setdefault((module, method.__qualname__), code)
@@ -142,8 +148,10 @@ def has_replaced(thing: object, name: str, module: str) -> bool:
 
     Nor is that of a stand-in, which looks up what it is asked for elsewhere.
     """
-    own = getattr(thing, "__dict__", {})
-    return name in own or is_replaced(getattr(type(thing), name, None), module)
+    owner = next((cls for cls in type(thing).__mro__ if name in vars(cls)), None)
+    if owner is None or name in getattr(thing, "__dict__", {}):
+        return True
+    return is_replaced(vars(owner)[name], module, owner)
 
 
 def named_parts(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
@@ -180,6 +188,8 @@ def _for(n_state: int, name: str, part: Part) -> Part:
     sizes = [None if times is None else times * n_state for times in part.weight]
     keys = part.cls.rpartition(".")[2], name
     settings = [item for key in keys for item in _SETTINGS.get(key, {}).items()]
+    if part.cls == _NORM.cls:
+        settings.append(("normalized_shape", (n_state,)))
     return part._replace(shape=(*sizes, *part.kernel), settings=tuple(settings))
 
 
@@ -204,7 +214,7 @@ class _Classes:
             replaced = [
                 name
                 for name in (*_METHODS, *CALLS)
-                if name in own and is_replaced(own[name], base.__module__)
+                if name in own and is_replaced(own[name], base.__module__, base)
             ]
             replaced += _OWN_NAMES.intersection(own)
             self._replaced[base] = replaced[0] if replaced else None

@@ -54,7 +54,7 @@ def max_main_loop(self: DecodingTask, audio_features: Tensor, tokens: Tensor) ->
 
     return run(
         "decoding_loop",
-        activation.why_off("decoding_loop"),
+        activation.why_off("decoding_loop", getattr(self.model, "decoder", None)),
         lambda: _on_max(self, rollback, audio_features, tokens),
         on_torch,
         _differ,

@@ -24,7 +24,8 @@ def max_run(self: DecodingTask, mel: Tensor) -> list[DecodingResult]:
         log-mel spectrograms; or encoded audio, (windows, n_audio_ctx, n_audio_state)
     """
     with on_one_thread.decode() if _computes_little(self) else nullcontext():
-        if not _fails_upstream(self, mel) or activation.why_off("decoding_loop") is not None:
+        off = activation.why_off("decoding_loop", getattr(self.model, "decoder", None))
+        if off is not None or not _fails_upstream(self, mel):
             return upstream_run(self, mel)
         return [result for window in mel.split(1) for result in upstream_run(self, window)]
 

@@ -161,6 +161,7 @@ class _Decode:
     tokens : what has been decoded there, in such memory; None before the first step
     n_vocab : how many tokens its weights know, which the model may exchange meanwhile
     listening : hooks that listen inside the decoder
+    alike : whether the features of two windows are equal, as far as that was asked
     """
 
     caches: dict = field(default_factory=dict)
@@ -170,6 +171,15 @@ class _Decode:
     tokens: Tensor | None = None
     n_vocab: int = 0
     listening: listeners.HookPoints | None = None
+    alike: dict[tuple[int, int], bool] = field(default_factory=dict)
+
+    def hear_the_same(self, window: int, other: int) -> bool:
+        """Whether two windows' audio is the same, as a program may repeat it for each beam."""
+        if window == other:
+            return True
+        if (window, other) not in self.alike:
+            self.alike[window, other] = torch.equal(self.features[window], self.features[other])
+        return self.alike[window, other]
 
 
 def decode_of(inference: MaxInference) -> _Decode:
@@ -226,6 +236,7 @@ def _end(inference: MaxInference) -> None:
     decode = decode_of(inference)
     decode.session = decode.torch_reasons = None
     decode.features = decode.tokens = decode.listening = None
+    decode.alike = {}
 
 
 def _choose(inference: MaxInference, tokens: Tensor, audio_features: Tensor) -> None:
@@ -294,10 +305,17 @@ def _rearrangement_reasons(inference: MaxInference, source_indices: object) -> l
         return ["rows change places by something else than a list of integers"]
     if _stay(source_indices):
         return []
-    session = decode_of(inference).session
-    if len(source_indices) != session.rows:
-        return [row_count_reason(session.rows, len(source_indices))]
-    return kv_modules_reasons(inference)
+    decode = decode_of(inference)
+    rows, windows = decode.session.rows, len(decode.features)
+    if len(source_indices) != rows:
+        return [row_count_reason(rows, len(source_indices))]
+    reasons = kv_modules_reasons(inference)
+    window_of = [row * windows // rows for row in range(rows)]
+    pairs = zip(window_of, map(window_of.__getitem__, source_indices))
+    if not all(decode.hear_the_same(window, other) for window, other in pairs):
+        # Were PyTorch to take over later, it would decode all of a row with one window.
+        reasons.append("a row goes on as one of another window")
+    return reasons
 
 
 def _stay(source_indices: list[int]) -> bool:
@@ -337,7 +355,7 @@ def inference_reasons(
     reasons += [
         f"PyTorchInference.{name} was replaced"
         for name in METHODS
-        if is_replaced(vars(UpstreamInference).get(name), "whisper.decoding")
+        if is_replaced(vars(UpstreamInference).get(name), "whisper.decoding", UpstreamInference)
     ]
     reasons += bypass_reasons("decoder", model.decoder)
     reasons += decoder_reasons(model.decoder, tokens, audio_features)

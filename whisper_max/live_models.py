@@ -6,60 +6,42 @@ parameters, buffers, state_dict keys, hooks, isinstance and every reference to t
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from . import activation, settings, versions
-from .conditions import UnsupportedByMax
-from .report import refusal_lines
 
 if TYPE_CHECKING:
     from torch import nn
 
-logger = logging.getLogger("whisper_max")
-
 Model = TypeVar("Model", bound="nn.Module")
 
 
-def accelerate(model: Model) -> Model:
-    """Run the encoder and decoder of a loaded model on MAX from the next call on.
+def reasons_against(model: nn.Module) -> dict[str, Sequence[str]]:
+    """Why the encoder or decoder of a model cannot be taken, by target.
 
-    Works with and without patch(), and again does nothing. A module is taken only if its class is
-    exactly upstream's: subclasses and forks stay on PyTorch, with the reason in the log.
-
-    model : whisper.model.Whisper; it is changed in place and returned
-
-    Raises TypeError when the model has no encoder and decoder, and in mode "strict"
-    UnsupportedByMax, before anything is changed, when either of them cannot be taken.
+    Raises TypeError when the model has no encoder and decoder.
     """
-    modules = dict(_encoder_and_decoder(model))
-    refused = {}
-    for target, module in modules.items():
-        if reasons := _reasons_against(target, module):
-            refused[target] = reasons
-    lines = refusal_lines(refused)
-    if refused and settings.active().mode == "strict":
-        raise UnsupportedByMax("; ".join(lines))
-    for line in lines:
-        logger.info("accelerate(model): %s", line)
-    for target in modules.keys() - refused.keys():
-        module = modules[target]
-        module.__class__ = max_class(target)
-        activation.accelerated.add(module)
-        activation.released.discard(module)
-    return model
+    against = {
+        target: _reasons_against(target, module) for target, module in _encoder_and_decoder(model)
+    }
+    return {target: reasons for target, reasons in against.items() if reasons}
 
 
-def restore(model: Model) -> Model:
-    """Give the encoder and decoder back to PyTorch, and keep them there until accelerate(model).
+def take(model: nn.Module, *, except_for: Container[str]) -> None:
+    """Swaps the classes of the encoder and decoder, unless a target is excepted."""
+    for target, module in _encoder_and_decoder(model):
+        if target not in except_for:
+            module.__class__ = max_class(target)
+            activation.accelerated.add(module)
+            activation.released.discard(module)
 
-    The model is changed in place and returned. Raises TypeError as accelerate() does.
-    """
-    for _, module in _encoder_and_decoder(model):
+
+def give_back(model: nn.Module) -> None:
+    """Swaps them back. Raises TypeError when the model has no encoder and decoder."""
+    for _, module in list(_encoder_and_decoder(model)):
         _swap_back(module)
         activation.released.add(module)
-    return model
 
 
 def refresh(model: Model) -> Model:
@@ -69,7 +51,7 @@ def refresh(model: Model) -> Model:
     storage, through a NumPy or DLPack view, through the memory of a vector that parameters were
     made of, or by a collective of `torch.distributed`.
     Other changes are noticed, and in training, where PyTorch runs the model, these are as well.
-    Raises TypeError as accelerate().
+    Raises TypeError when the model has no encoder and decoder.
     """
     for _, module in _encoder_and_decoder(model):
         forget(module)

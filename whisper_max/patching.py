@@ -1,7 +1,7 @@
-"""patch() and unpatch(): apply the patch table, undo it, roll it back.
+"""patch() and unpatch(): apply the patch table, undo it, roll it back; and the same for one model.
 
-What is patched follows from one value, the settings in force (None: unpatched), and `_switch`
-goes from one to another. So patch(), unpatch() and patched() are a few lines each.
+What is patched follows from two values, the settings in force (None: unpatched) and the models
+that are accelerated. `_switch` goes from one to another, so the functions are a few lines each.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 from . import activation, live_models, pickling, precompile, report, settings, versions
-from .activation import is_active
 from .conditions import UnsupportedByMax
 from .patch_table import TABLE, Row, import_upstream
 from .report import PatchReport, refusal_lines
 from .settings import TARGETS, Settings
 
-__all__ = ["is_active", "is_patched", "patch", "patched", "unpatch"]
+if TYPE_CHECKING:
+    from torch import nn
+
+Model = TypeVar("Model", bound="nn.Module")
 
 logger = logging.getLogger("whisper_max")
+
+_OF_DECODES = ("inference", "decoding_loop", "alignment")
+"""Targets that are no part of a model: replaced for all, they run on MAX for those accelerated."""
 
 _lock = threading.RLock()
 _in_force: PatchReport | None = None  # of the last patch(); None: unpatched
@@ -86,13 +92,14 @@ def unpatch() -> None:
 def is_patched(target: str | None = None) -> bool:
     """Whether `target` (default: any target) is patched, and nobody has replaced it since.
 
-    Raises ValueError for an unknown target.
+    For all models: what accelerate(model) puts in place for one does not count. Raises ValueError
+    for an unknown target.
     """
     if target is not None and target not in TARGETS:
         raise ValueError(f"no target {target!r}; targets are {', '.join(TARGETS)}")
     with _lock:
         return any(
-            row.current() is ours
+            activation.is_active(row.target) and row.current() is ours
             for row, ours in _applied.items()
             if target is None or row.target == target
         )
@@ -131,6 +138,45 @@ def patched(
             _switch(earlier)
 
 
+def accelerate(model: Model) -> Model:
+    """Run a loaded model on MAX from the next call on: its encoder, its decoder, its decodes.
+
+    Works with and without patch(), and again does nothing. Without it the decoding loop and the
+    alignment of words are replaced in openai-whisper, too, but for such models only. A module is
+    taken only if its class is exactly upstream's: subclasses and forks stay on PyTorch. What is
+    refused is in the log, with the reason.
+
+    model : whisper.model.Whisper; it is changed in place and returned
+
+    Raises TypeError when the model has no encoder and decoder, and in mode "strict"
+    UnsupportedByMax, before anything is changed, when a part of it cannot be taken.
+    """
+    import_upstream()
+    with _lock:
+        refused = live_models.reasons_against(model)
+        if settings.active().mode != "off":
+            refused.update(_applicable(_OF_DECODES)[1])
+        lines = refusal_lines(refused)
+        if refused and settings.active().mode == "strict":
+            raise UnsupportedByMax("; ".join(lines))
+        for line in lines:
+            logger.info("accelerate(model): %s", line)
+        live_models.take(model, except_for=refused)
+        _update_rows()
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Give a model back to PyTorch, and keep it there until accelerate(model).
+
+    The model is changed in place and returned. Raises TypeError as accelerate() does.
+    """
+    with _lock:
+        live_models.give_back(model)
+        _update_rows()
+    return model
+
+
 def _prepare(asked: dict[str, object]) -> Settings:
     """The settings asked for, with upstream imported unless they say "off".
 
@@ -151,8 +197,7 @@ def _switch(wanted: Settings | None) -> PatchReport | None:
     rows, refused = _rows_for(wanted)
     if refused and wanted.mode == "strict":
         raise UnsupportedByMax("; ".join(refusal_lines(refused)))
-    _apply([row for row in rows if row not in _applied])
-    left = _undo([row for row in _applied if row not in rows])
+    left = _install(rows)
 
     patched = tuple(target for target in TARGETS if any(row.target == target for row in rows))
     activation.set_active_targets(frozenset(patched))
@@ -167,27 +212,55 @@ def _switch(wanted: Settings | None) -> PatchReport | None:
         logger.info("%s", _in_force)
         if patched and wanted.compile == "background":
             precompile.start(wanted)
-    for message in left:  # last: a warning may be an error here, and must not leave us half way
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    _warn(left)  # last: a warning may be an error here, and must not leave us half way
     return _in_force
+
+
+def _warn(messages: list[str]) -> None:
+    """Tells of places that were left as they are."""
+    for message in messages:
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def _rows_for(wanted: Settings | None) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
     """The rows that `wanted` asks for and that can be applied; the reasons against the others."""
+    if wanted is None:
+        return [], {}
+    targets = TARGETS if wanted.targets is None else wanted.targets
+    if wanted.mode == "off":
+        return [], {target: ("mode is 'off'",) for target in targets}
+    return _applicable(targets)
+
+
+def _update_rows() -> None:
+    """Other models are accelerated now."""
+    _warn(_install([row for row in _applied if activation.is_active(row.target)]))
+
+
+def _applicable(targets: Iterable[str]) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
+    """The rows of these targets that can be applied; the reasons against the others, by target."""
     rows: list[Row] = []
     refused: dict[str, tuple[str, ...]] = {}
-    targets = () if wanted is None else wanted.targets
-    for target in TARGETS if targets is None else targets:
+    for target in targets:
         of_target = [row for row in TABLE if row.target == target]
-        if wanted.mode == "off":
-            reasons = ["mode is 'off'"]
-        else:
-            reasons = versions.reasons_against(target) or _taken(of_target)
-        if reasons:
+        if reasons := versions.reasons_against(target) or _taken(of_target):
             refused[target] = tuple(reasons)
         else:
             rows += of_target
     return rows, refused
+
+
+def _install(rows: list[Row]) -> list[str]:
+    """Have these rows applied, and what accelerated models decode with; no others.
+
+    Returns a message for each place that somebody else has changed, and that is left as it is.
+    """
+    if activation.accelerated:
+        applicable, _ = _applicable(_OF_DECODES)
+        applied = [row for row in _applied if row.target in _OF_DECODES]
+        rows = list(dict.fromkeys([*rows, *applicable, *applied]))
+    _apply([row for row in rows if row not in _applied])
+    return _undo([row for row in _applied if row not in rows])
 
 
 def _taken(rows: list[Row]) -> list[str]:
