@@ -6,5 +6,5 @@
 
 Every peer runs in a process of its own and takes its turn: peers (A B C, A B C, …) alternate, so
 that a slow minute of the machine falls on all of them. `scenarios` says what is measured, `peers`
-on what, `measuring` how; `results` is the data, `report` makes everything else from it.
+on what, `party` how; `results` is the data, `report` makes everything else from it.
 """

@@ -18,7 +18,7 @@ from recordings import assert_same_result, samples
 from strategies import numbers, small, token_rows
 from whisper_max import demo, settings
 from whisper_max.runtime import artifacts, compilation, loading
-from whisper_max.runtime.storage import arithmetic_of, key_of
+from whisper_max.runtime.storage import arithmetic_of, keys_of
 
 # What upstream raises for input that it does not take.
 ERRORS = (
@@ -358,7 +358,7 @@ def test_max_cannot_load_an_artifact(plain, compiled, monkeypatch):
 @pytest.mark.allow_fallback
 def test_damaged_artifact(plain, compiled, no_engines, caplog):
     """It is removed, and PyTorch works until there is another."""
-    original = artifacts.find(key_of(arithmetic_of("high", exact=True)), compiled)
+    original = artifacts.find(keys_of(arithmetic_of("high", exact=True))[0], compiled)
     no_engines.mkdir(mode=0o700)
     for path in (original, original.with_suffix(".json")):
         copy = no_engines / path.name

@@ -86,11 +86,15 @@ def test_option(plain, checkpoint, mel, name):
     assert_same(found, expected)
 
 
+def batch_of(*names: str) -> torch.Tensor:
+    """Log-mel spectrograms of recordings, shape = (recordings, n_mels, 3000)."""
+    samples = [soundfile.read(RECORDINGS / f"{n}.flac", dtype="float32")[0] for n in names]
+    return torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(s)) for s in samples])
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}], ids=["greedy", "sampling"])
 def test_batch_of_windows(plain, checkpoint, options):
-    names = ("en01", "de01", "silence01")
-    samples = [soundfile.read(RECORDINGS / f"{n}.flac", dtype="float32")[0] for n in names]
-    batch = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(s)) for s in samples])
+    batch = batch_of("en01", "de01", "silence01")
     expected = decode(plain, batch, options)
     with on_max():
         found = decode(checkpoint, batch, options)
@@ -98,12 +102,21 @@ def test_batch_of_windows(plain, checkpoint, options):
         assert_same(ours, theirs)
 
 
+def test_the_language_of_a_batch_is_found_at_once(plain, checkpoint):
+    """Upstream has no rows for beams then, and does not fail."""
+    batch, options = batch_of("en01", "es01"), {"task": "lang_id", "beam_size": 5}
+    expected = decode(plain, batch, options)
+    with on_max():
+        found = decode(checkpoint, batch, options)
+        assert report.status().targets["encoder"].max_calls == 1
+    languages = [result.language for result in found]
+    assert languages == [result.language for result in expected] == ["en", "es"]
+
+
 @pytest.mark.parametrize("options", [{"beam_size": 3}, {"temperature": 0.5, "best_of": 2}])
 def test_several_rows_for_each_window_of_a_batch(plain, checkpoint, options):
     """Upstream fails with them: a window has the result that it has alone."""
-    names = ("en01", "de01")
-    samples = [soundfile.read(RECORDINGS / f"{n}.flac", dtype="float32")[0] for n in names]
-    batch = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(s)) for s in samples])
+    batch = batch_of("en01", "de01")
     with pytest.raises((AssertionError, RuntimeError)):
         decode(plain, batch, options)
     torch.manual_seed(7)  # once, as for the batch

@@ -11,6 +11,7 @@ import weakref
 from abc import ABC
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -468,6 +469,98 @@ def test_stand_ins_for_a_model(plain, checkpoint, stand_in):
         assert_same_result(text(checkpoint), expected)
 
 
+@torch.no_grad()
+def test_logits_can_be_changed_in_place_with_gradients(model, features):
+    """Upstream's are no view of another tensor, which PyTorch would refuse to change so."""
+    bias, tokens = nn.Parameter(torch.ones(())), token_rows((2, 3), 100, 1)
+    with with_fallback():
+        whisper_max.accelerate(model)
+        several = model.decoder(token_rows((2, 1), 100, 1).expand(2, 3), features)
+        own = decoding.PyTorchInference(model, 3)
+        found = several, model.decoder(tokens, features), own.logits(tokens, features)
+        own.cleanup_caching()
+    for logits in found:
+        assert not logits._is_view()
+        with torch.enable_grad():
+            logits += bias
+        assert logits.requires_grad
+        logits.detach_().squeeze_()
+
+
+class Early(nn.Module):
+    """Some of the blocks, without a length: upstream only goes through them."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.inner = blocks
+
+    def __iter__(self):
+        return iter(self.inner[:2])
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.allow_fallback
+def test_blocks_without_a_length(plain, part):
+    def outcome(model):
+        model = copy.deepcopy(model)
+        blocks = getattr(model, part)
+        blocks.blocks = Early(blocks.blocks)
+        return model.transcribe(samples("en01"), word_timestamps=True, fp16=False)
+
+    expected = outcome(plain)
+    with with_fallback():
+        assert_same_result(outcome(plain), expected)
+
+
+@pytest.mark.allow_fallback
+def test_an_encoder_that_no_set_could_hold(plain, checkpoint):
+    """As a data class is, that stands in for a part of a model."""
+
+    class Encoder:
+        __hash__ = None
+
+        def __init__(self, encoder):
+            self.encoder = encoder
+
+        def __call__(self, mel):
+            return self.encoder(mel)
+
+    def tokens(model):
+        names = "dims", "decoder", "device", "is_multilingual", "num_languages"
+        names += ("install_kv_cache_hooks",)
+        duck = SimpleNamespace(**{name: getattr(model, name) for name in names})
+        duck.encoder = Encoder(model.encoder)
+        options = decoding.DecodingOptions(language="en", fp16=False, sample_len=5)
+        return decoding.DecodingTask(duck, options).run(window)[0].tokens
+
+    window = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples("en01")))[None]
+    expected = tokens(plain)
+    with with_fallback():
+        assert tokens(checkpoint) == expected
+
+
+@pytest.mark.allow_fallback
+def test_whispers_model_loaded_anew(plain, monkeypatch):
+    """Then upstream finds no attention in models from before, and decodes without caches."""
+
+    def logits(model):
+        inference = decoding.PyTorchInference(model, 3)
+        with torch.no_grad():
+            found = [inference.logits(tokens[:, :count], audio) for count in (3, 4)]
+        inference.cleanup_caching()
+        return found
+
+    tokens, audio = token_rows((1, 4), 100, 1), torch.randn(1, 1500, plain.dims.n_audio_state)
+    other = type("MultiHeadAttention", (whisper.model.MultiHeadAttention,), {})
+    with with_fallback():
+        monkeypatch.setattr(whisper.model, "MultiHeadAttention", other)
+        found = logits(plain)
+        reasons = whisper_max.status().targets["inference"].reasons
+    expected = logits(whisper_max.restore(plain))
+    assert "whisper.model.MultiHeadAttention was replaced" in reasons
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("how", ["of the function", "another function"])
 @pytest.mark.allow_fallback
 def test_whispers_code_reloaded_while_it_runs(plain, checkpoint, monkeypatch, how):
@@ -502,7 +595,7 @@ def test_a_method_exchanged_for_that_of_another_class(plain, checkpoint, monkeyp
     """Both are upstream's own: here timestamps follow no rules any more."""
 
     def tokens(model):
-        mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples("en01")))
+        mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(samples("oov02")))
         return whisper.decode(model, mel, decoding.DecodingOptions(fp16=False)).tokens
 
     with_rules = tokens(plain)

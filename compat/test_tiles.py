@@ -55,7 +55,7 @@ CHECK = """
 from whisper_max import settings
 from whisper_max.runtime import artifacts, storage
 from whisper_max.runtime.tile_check import check_tiles
-key = storage.key_of(storage.arithmetic_of("high", exact=True))
+key = storage.keys_of(storage.arithmetic_of("high", exact=True))[0]
 assert key.cpu_level == "amx"
 check_tiles(artifacts.find(key, settings.active().cache_dir), dict(key.options))
 """

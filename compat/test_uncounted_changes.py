@@ -5,6 +5,7 @@ What it counts, `runtime/model_state.py` looks at; after the rest a user has to 
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +108,26 @@ def test_an_adapter_that_is_merged(model):
         call(model)
         layer.weight.data += 0.5
         mlp[0] = layer
+    assert_up_to_date(model, before)
+
+
+WRITES = {
+    "in place": lambda weight: weight.data.add_(0.5),
+    "initialized": lambda weight: torch.nn.init.normal_(weight.data, std=0.5),
+    "NumPy": lambda weight: np.add(weight.detach().numpy(), 0.5, out=weight.detach().numpy()),
+    "storage": lambda weight: weight.untyped_storage().copy_((weight + 0.5).untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@torch.no_grad()
+def test_all_of_a_matrix_written_behind_pytorchs_back(model, write):
+    """With no call in between that PyTorch would serve."""
+    before = results(model)
+    versions = [parameter._version for parameter in model.parameters()]
+    for part in (model.encoder, model.decoder):
+        WRITES[write](part.blocks[0].mlp[0].weight)
+    assert versions == [parameter._version for parameter in model.parameters()]
     assert_up_to_date(model, before)
 
 

@@ -163,7 +163,7 @@ def test_doctor_tells_whether_there_are_matrix_tiles(monkeypatch, level, has):
 def test_self_check_finds_a_fault(artifact, monkeypatch, exact, other_text):
     right = MaxAudioEncoder._on_max
     monkeypatch.setattr(MaxAudioEncoder, "_on_max", lambda self, *call: -right(self, *call))
-    monkeypatch.setattr(selfcheck, "EXACT", exact)
+    monkeypatch.setattr(selfcheck, "EXACT_PRECISIONS", exact)
     states = {check.name: check.state for check in self_check("high")}
     assert states == {
         "encoder": "problem",

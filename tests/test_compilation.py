@@ -66,6 +66,18 @@ def test_blocking_waits_for_the_compile_in_the_background(compiling):
     assert count() == 1
 
 
+@pytest.mark.parametrize("earlier", ["write_slowly", "write"])
+def test_a_compile_into_another_folder_is_another(compiling, tmp_path, earlier):
+    """Whoever waited for it would find nothing in this one, and no failure either."""
+    other, key, count = tmp_path / "other", compiling.key, compiling.count
+    policy = "background" if earlier == "write_slowly" else "blocking"
+    ensure(key, other, earlier, policy=policy)
+    assert compilation.state(key, compiling.cache).name == "missing"
+    assert ensure(key, compiling.cache).ready
+    wait_for(lambda: compilation.state(key, other).ready)
+    assert count() == 2
+
+
 def test_state_starts_nothing(compiling):
     cache, key, count = compiling.cache, compiling.key, compiling.count
     assert compilation.state(key, cache).name == "missing"

@@ -119,7 +119,7 @@ def test_killed_supervisor_takes_the_compiler_along_and_frees_the_lock(compiling
     key = replace(KEY, options=(("pids", str(pids)),))
     assert ensure(key, cache, "hang", policy="background").name == "compiling"
     wait_for(lambda: pids.exists() and pids.read_text())
-    compilation._children[key.digest].kill()
+    compilation._children[key.digest, cache].kill()
     compiler, helper = map(int, pids.read_text().split())
     os.kill(helper, signal.SIGKILL)  # in life it would end by itself
     wait_for(lambda: not alive(compiler))

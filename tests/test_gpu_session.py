@@ -87,6 +87,10 @@ class Step:
         self._note("replay", key, operands)
         self.results[1].inplace_copy_from(Buffer.from_numpy(np.full((2, RANKED), 7, np.int32)))
 
+    def _await_device_graphs(self) -> None:
+        if "await" in self.fails:
+            raise_in("max.engine.api", RuntimeError(self.fails["await"]))
+
     def release_captured_graph(self, key: int) -> None:
         self.calls.append(("release", key))
 
@@ -107,6 +111,7 @@ def engine() -> GpuEngine:
     made.max_device = Capturing(torch.device("cpu"), CPU(), "cpu")
     made.graphs = {name: Step() for name in ("decoder_step", "decoder_greedy_step", "cross_kv")}
     made.workspaces = WorkspacePool()
+    made.uncapturable = set()
     return made
 
 
@@ -169,17 +174,50 @@ def test_two_rooms_have_captures_of_their_own(engine, workspace):
     assert len(set(keys)) == 2
 
 
-def test_without_capture_a_step_is_executed(engine, workspace, caplog):
+@pytest.mark.parametrize("failing", ["capture", "await"])
+def test_without_capture_a_step_is_executed(engine, workspace, caplog, failing):
+    """Nor is it tried again, for another decode."""
     model = engine.graphs["decoder_step"]
-    model.fails["capture"] = "operation not permitted when stream is capturing"
+    model.fails[failing] = "operation not permitted when stream is capturing"
     with caplog.at_level(logging.WARNING, "whisper_max"):
         step(workspace, 0, [0, 1])
         step(workspace, 1, [1, 0])
-    assert model.names == ["execute", "capture", "execute", "execute"]
+        step(Workspace(engine, SIZES, DType.float32, 1, 2), 0, [0, 1])
+    released = ["release"] if failing == "await" else []
+    assert model.names == ["execute", "capture", *released, *["execute"] * 3]
     assert [record.getMessage() for record in caplog.records] == [
         "a decoding step could not be captured, and runs as it is: "
         "operation not permitted when stream is capturing"
     ]
+
+
+def test_only_one_thread_at_a_time_gives_work_to_a_queue_that_records(engine):
+    """Another decode's would be recorded, too."""
+    model, recording, others = engine.graphs["decoder_step"], threading.Event(), []
+    workspaces = [Workspace(engine, SIZES, DType.float32, 1, 2) for _ in range(2)]
+    capture = model.capture
+
+    def slow_capture(key, *operands):
+        recording.set()
+        others.append(second.join(timeout=0.2))
+        assert second.is_alive() and model.names == ["execute"]
+        return capture(key, *operands)
+
+    def decode():
+        recording.wait(30)
+        engine.execute("cross_kv", *[workspaces[1]._tokens.buffer] * 3)
+        workspaces[1].suppress(np.zeros(SIZES.n_vocab, np.float32))
+        step(workspaces[1], 0, [0, 1])
+
+    second = threading.Thread(target=decode, daemon=True)
+    second.start()
+    model.capture = slow_capture
+    step(workspaces[0], 0, [0, 1])
+    model.capture = capture
+    second.join(timeout=30)
+    assert not second.is_alive() and others == [None]
+    assert engine.graphs["cross_kv"].names == ["execute"]
+    assert model.names == ["execute", "capture", "replay"] * 2
 
 
 def test_where_nothing_can_be_captured_nothing_is_tried(engine):
@@ -435,11 +473,22 @@ def test_max_waits_for_pytorch_and_pytorch_for_max(cuda):
     assert Stream.log[1:] == [("PyTorch", "waits for", 77)]
 
 
+def test_what_another_stream_is_still_waiting_for_is_not_read_before(cuda):
+    """Features that MAX has been told to compute by another thread."""
+    with CudaDevice(torch.device("cuda", 1)).reading():
+        assert Stream.log == [("PyTorch", "waits for", 77)]
+    assert Stream.log[1:] == [(77, "waits for", "PyTorch")]
+
+
 def test_without_a_stream_of_its_own_to_wait_on_the_host_waits(cuda):
     cuda.default_queue.native_stream_handle = 0
-    with CudaDevice(torch.device("cuda", 0)).in_order():
-        assert Stream.log == [("host", "waits for", "PyTorch")]
-    assert Stream.log[1:] == [("host", "waits for", "MAX")]
+    max_device = CudaDevice(torch.device("cuda", 0))
+    waits = [("host", "waits for", "PyTorch"), ("host", "waits for", "MAX")]
+    with max_device.in_order():
+        assert Stream.log == waits[:1]
+    with max_device.reading():
+        assert Stream.log == [*waits, waits[1]]
+    assert Stream.log == [*waits, *waits[::-1]]
 
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_61", "gfx942"])

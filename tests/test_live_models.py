@@ -130,9 +130,26 @@ def test_what_somebody_else_has_replaced_stays(model, monkeypatch, caplog):
     whisper_max.accelerate(model)
     assert ours_stand() == ["inference", "decoding_loop"]
     assert "alignment stays on PyTorch: whisper.timing.find_alignment" in caplog.text
+    whisper_max.restore(model)
     monkeypatch.setenv("WHISPER_MAX_MODE", "strict")
     with pytest.raises(whisper_max.UnsupportedByMax, match="find_alignment"):
-        whisper_max.accelerate(new_model())
+        whisper_max.accelerate(model)
+
+
+def test_settings_are_those_of_the_environment_at_the_first_model(model, monkeypatch):
+    """As with patch(): they hold until the last model is gone."""
+    whisper_max.accelerate(model)
+    fixed = settings.active()
+    monkeypatch.setenv("WHISPER_MAX_PRECISION", "int8")
+    whisper_max.accelerate(new_model())
+    assert settings.active() is fixed
+    with whisper_max.patched(precision="medium"):
+        assert settings.active().precision == "medium"
+    whisper_max.restore(model)
+    gc.collect()
+    assert settings.active().precision == "int8"
+    whisper_max.accelerate(model)
+    assert settings.active() is settings.active() and settings.active().precision == "int8"
 
 
 def test_restoring_leaves_what_somebody_else_has_replaced_since(model, monkeypatch):

@@ -249,13 +249,13 @@ def packaged() -> set[Path]:
     return {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
 
 
-def test_wheel_carries_every_mojo_source_and_the_demonstration():
+def test_wheel_carries_every_mojo_source_and_the_demonstration_and_is_typed():
     sources = {
         path
         for path in (ROOT / "whisper_max").rglob("*")
-        if path.suffix in (".mojo", ".pt", ".wav", ".md")
+        if path.suffix in (".mojo", ".pt", ".wav", ".md") or path.name == "py.typed"
     }
-    assert any(path.suffix == ".mojo" for path in sources)
+    assert {".mojo", ".typed"} <= {path.suffix for path in sources}
     assert packaged() == sources
 
 

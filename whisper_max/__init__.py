@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from .live_models import refresh
     from .patching import accelerate, is_patched, patch, patched, restore, unpatch
     from .precompile import compile
-    from .report import status
+    from .report import PatchReport, Status, status
     from .settings import disabled
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PatchReport",
+    "Status",
     "UnsupportedByMax",
     "__version__",
     "accelerate",
@@ -35,6 +37,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "PatchReport": "report:PatchReport",
+    "Status": "report:Status",
     "UnsupportedByMax": "conditions:UnsupportedByMax",
     "accelerate": "patching:accelerate",
     "compile": "precompile:compile",

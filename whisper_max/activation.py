@@ -60,6 +60,13 @@ def why_off(target: str, module: nn.Module | None = None) -> str | None:
         return "disabled"
     if settings.active().mode == "off":
         return "mode is 'off'"
-    if is_active(target) or (module is not None and module in accelerated):
+    if is_active(target) or _is_accelerated(module):
         return None
     return f"the {target} is not patched"
+
+
+def _is_accelerated(module: object) -> bool:
+    try:
+        return module in accelerated
+    except TypeError:  # upstream takes for a decoder what a set could not hold
+        return False

@@ -108,7 +108,7 @@ class _StandIn:
         self._hooks: dict[int, Callable] = {}
         blocks = [
             SimpleNamespace(cross_attn=_Hookable(self._hooks, layer))
-            for layer in range(len(model.decoder.blocks))
+            for layer, _ in enumerate(model.decoder.blocks)  # it may have no len()
         ]
         self.decoder = SimpleNamespace(blocks=blocks)
 

@@ -239,7 +239,7 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
         return
     n_state = positions.shape[1]
     found = dict(named_parts(module))
-    count = len(found.get("blocks", ()))
+    count = len(found["blocks"]._modules) if "blocks" in found else 0  # it may have no len()
     expected = _expected(decoder, count, n_state)
     if count == 0:
         yield "it has no blocks"

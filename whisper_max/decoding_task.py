@@ -13,6 +13,9 @@ from whisper.decoding import DecodingResult, DecodingTask
 
 from . import activation, on_one_thread
 from .activation import originals
+from .changed_parts import has_replaced
+
+_BEFORE_THE_LOOP = ("_get_audio_features", "_detect_language")
 
 upstream_run = originals.get("whisper.decoding.DecodingTask.run", DecodingTask.run)
 
@@ -31,8 +34,13 @@ def max_run(self: DecodingTask, mel: Tensor) -> list[DecodingResult]:
 
 
 def _fails_upstream(task: DecodingTask, mel: Tensor) -> bool:
-    """Whether these are several windows with several rows each; not what nobody could decode."""
-    if type(task) is not DecodingTask or task.n_group == 1:
+    """Whether these are several windows with several rows each; not what nobody could decode.
+
+    For the language alone, upstream does not come to where it fails; and somebody may mend that.
+    """
+    if type(task) is not DecodingTask or task.n_group == 1 or task.options.task == "lang_id":
+        return False
+    if any(has_replaced(task, name, "whisper.decoding") for name in _BEFORE_THE_LOOP):
         return False
     return isinstance(mel, Tensor) and mel.ndim == 3 and len(mel) > 1
 

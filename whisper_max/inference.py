@@ -9,6 +9,7 @@ from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
+import whisper.model
 from torch import Tensor
 from whisper.decoding import PyTorchInference
 
@@ -364,6 +365,9 @@ def inference_reasons(
         if audio_features.shape[1] <= n_text_ctx:
             # Upstream tells cross attention's cache from self-attention's by this length.
             reasons.append(f"the audio context is not longer than the text context, {n_text_ctx}")
+        if not isinstance(model.decoder.blocks[0].attn, whisper.model.MultiHeadAttention):
+            # As where the module was loaded anew: upstream finds nothing then that has caches.
+            reasons.append("whisper.model.MultiHeadAttention was replaced")
         if _shares_caches(model.decoder):
             reasons.append(
                 "a key or value layer stands in two places, whose caches are one upstream"

@@ -108,8 +108,8 @@ class HookCalls:
         rows, count = tokens.shape
         if not _somebody_listens(points, tokens.device):
             if session.length == 0:
-                return session.prefill(tokens, range(count))
-            return session.step(tokens, range(rows * count)).view(rows, count, -1)
+                return _as_a_whole(session.prefill(tokens, range(count)))
+            return _as_a_whole(session.step(tokens, range(rows * count)).view(rows, count, -1))
 
         embedding, ln = points.parts["token_embedding"], points.parts["ln"]
         if embedding._forward_hooks:
@@ -125,7 +125,7 @@ class HookCalls:
                 self._call_hooks(name, part, inputs, output)
         if ln._forward_hooks:
             self._call_hooks("ln", ln, (seen.end,), ln.forward(seen.end))
-        return logits.view(rows, count, -1)
+        return _as_a_whole(logits.view(rows, count, -1))
 
     def _call_hooks(
         self, name: str, part: nn.Module, inputs: tuple[Tensor, ...], output: Output
@@ -145,6 +145,11 @@ class HookCalls:
         self._called[part] = result if changed else _UNCHANGED
         if changed:
             refuse([f"a hook changed what {name} returns"])
+
+
+def _as_a_whole(logits: Tensor) -> Tensor:
+    """The same memory, but no view of a tensor: upstream's is none, and can be changed in place."""
+    return torch.from_dlpack(logits)
 
 
 def _versions(inputs: tuple[Tensor, ...], output: Output) -> list[int]:

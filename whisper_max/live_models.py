@@ -47,9 +47,9 @@ def give_back(model: nn.Module) -> None:
 def refresh(model: Model) -> Model:
     """Take the weights of `model` anew at the next call.
 
-    Needed only after changing weights in a way that PyTorch does not count: through `.data` or a
-    storage, through a NumPy or DLPack view, through the memory of a vector that parameters were
-    made of, or by a collective of `torch.distributed`.
+    Needed only after changing a part of a weight in a way that PyTorch does not count: through
+    `.data` or a storage, through a NumPy or DLPack view, through the memory of a vector that
+    parameters were made of, or by a collective of `torch.distributed`.
     Other changes are noticed, and in training, where PyTorch runs the model, these are as well.
     Raises TypeError when the model has no encoder and decoder.
     """
@@ -67,10 +67,11 @@ def adopt(model: nn.Module) -> None:
     for target in ("encoder", "decoder"):
         # Upstream's inference takes whatever has a decoder: the other part may not be there.
         module = getattr(model, target, None)
-        if not activation.is_active(target) or module in activation.released:
+        if not activation.is_active(target):
             continue
         cls = max_class(target)
-        if type(module) is upstream_class(cls):
+        # A module of another class need not even be one that a set could hold.
+        if type(module) is upstream_class(cls) and module not in activation.released:
             module.__class__ = cls
             activation.adopted.add(module)
 

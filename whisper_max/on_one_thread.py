@@ -123,7 +123,8 @@ def all_below(limit: float, tensor: Tensor) -> bool:
 def all_below_on_any(limit: float, tensor: Tensor) -> bool:
     """The same on all of PyTorch's threads: for weights, which are many and looked at once."""
     # Extremes of numbers with a NaN among them are NaN, which is below nothing.
-    return all(bool(extreme.abs() <= limit) for extreme in tensor.detach().aminmax())
+    # Not in half precision, where a limit beyond its numbers is infinite, too.
+    return all(abs(extreme.item()) <= limit for extreme in tensor.detach().aminmax())
 
 
 def copy(tensor: Tensor) -> Tensor:

@@ -153,6 +153,8 @@ def accelerate(model: Model) -> Model:
     """
     import_upstream()
     with _lock:
+        if not activation.accelerated:
+            _fix_settings()  # anew: models from before are gone
         refused = live_models.reasons_against(model)
         if settings.active().mode != "off":
             refused.update(_applicable(_OF_DECODES)[1])
@@ -207,6 +209,7 @@ def _switch(wanted: Settings | None) -> PatchReport | None:
     if wanted is None:
         live_models.release_adopted()
         _in_force = None
+        _fix_settings()
     else:
         _in_force = PatchReport(patched, refused, wanted)
         logger.info("%s", _in_force)
@@ -214,6 +217,12 @@ def _switch(wanted: Settings | None) -> PatchReport | None:
             precompile.start(wanted)
     _warn(left)  # last: a warning may be an error here, and must not leave us half way
     return _in_force
+
+
+def _fix_settings() -> None:
+    """Without patch(), those of the environment hold from the first accelerated model on."""
+    if _in_force is None:
+        settings.activate(settings.active() if activation.accelerated else None)
 
 
 def _warn(messages: list[str]) -> None:
@@ -234,6 +243,7 @@ def _rows_for(wanted: Settings | None) -> tuple[list[Row], dict[str, tuple[str, 
 
 def _update_rows() -> None:
     """Other models are accelerated now."""
+    _fix_settings()
     _warn(_install([row for row in _applied if activation.is_active(row.target)]))
 
 

@@ -14,7 +14,7 @@ from .changed_parts import head_reasons
 from .conditions import UnsupportedByMax
 from .dimensions_of import OFFICIAL, dimensions_of
 from .dispatch import refuse
-from .settings import Settings
+from .settings import EXACT_PRECISIONS, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -135,7 +135,7 @@ def _gpu_keys(dims: Mapping[str, int], wanted: Settings) -> list[tuple[ArtifactK
 
 def _exact_parts(model_or_name: Source | None, wanted: Settings) -> Iterator[bool]:
     """Whether float16 holds the encoder's weights exactly, and whether the decoder's."""
-    if wanted.precision in ("medium", "int8"):  # float16 or int8 in any case
+    if wanted.precision not in EXACT_PRECISIONS:  # float16 or int8 in any case
         yield True
         return
     if model_or_name is None or model_or_name in OFFICIAL:

@@ -218,6 +218,11 @@ def is_of_max(error: Exception) -> bool:
     return module.partition(".")[0] in _NATIVE and not module.startswith("torch.utils.data.")
 
 
+def tells_of_memory(error: Exception) -> bool:
+    """Whether memory has run out: MAX says so of a GPU's in a RuntimeError's message."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower().replace("_", " ")
+
+
 def set_patched(target: str, patched: bool, refusals: Sequence[str] = ()) -> None:
     """Say whether `target` is patched now, and if not, why it was refused."""
     with _counters.lock:

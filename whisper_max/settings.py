@@ -27,6 +27,8 @@ from pathlib import Path
 TARGETS = ("encoder", "decoder", "inference", "decoding_loop", "alignment")
 MODES = ("auto", "strict", "shadow", "off")
 PRECISIONS = ("high", "highest", "medium", "int8")
+EXACT_PRECISIONS = ("high", "highest")
+"""Those that promise PyTorch's tokens; the others round weights."""
 COMPILE_POLICIES = ("background", "blocking", "cached")
 DEVICES = ("cpu", "cuda")
 CPU_LEVELS = ("baseline", "avx512", "amx")

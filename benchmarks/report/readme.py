@@ -49,7 +49,7 @@ def block(by_machine: dict[str, Results]) -> str:
             ]
         )
     header = ["", "openai-whisper", *(PEER[name].label for name in ours), "fastest other measured"]
-    return "\n".join([*table(header, rows), _legend(results, shown)])
+    return "\n".join([*table(header, rows), *_legend(results, shown)])
 
 
 def with_block(text: str, figures: str) -> str:
@@ -61,22 +61,27 @@ def with_block(text: str, figures: str) -> str:
     return before + marked + rest.partition(END)[2]
 
 
-def _legend(results: Results, model: str | None) -> str:
+def _legend(results: Results, model: str | None) -> list[str]:
+    """What the table shows, and what it does not."""
     cpu, threads = results.machine["cpu_model"], results.threads
     peaks = [
         f"{significant(summarize(one.peak_mib).median)} MiB with {PEER[one.peer].label}"
         for one in results.starts
         if one.model == model and one.peak_mib
     ]
-    memory = f" Peak memory of a process ({model}): {', '.join(peaks)}." if peaks else ""
-    return (
-        f"First column: time of unpatched openai-whisper, in float32. Others: speed-up over it. "
-        f"{cpu}, {threads} threads, {results.measured[:10]}. Model sizes are real, weights random; "
-        f"{GROWN} has the size of {GROWN_SIZE} and understands synthetic speech; loading the model "
-        f"and reading the file are not included. {_needed(results)} for this. A decoder step makes "
-        f"one token.{memory} whisper.cpp was not measured, nor OpenVINO's decoding. "
-        "[All figures, and how they were measured](docs/benchmarks.md)"
-    )
+    lines = [
+        "First column: the time of unpatched openai-whisper, in float32. Others: how many times "
+        f"faster. {cpu}, {threads} threads, {results.measured[:10]}.",
+        "Models have the real sizes and random weights; a decoder step makes one token. "
+        f"{GROWN} has the size of {GROWN_SIZE} and understands synthetic speech. Loading the model "
+        "and reading the file are not included.",
+        f"{_needed(results)} for this.",
+        "Not measured: whisper.cpp, and OpenVINO's decoding. "
+        "[All figures, and how they were measured](docs/benchmarks.md)",
+    ]
+    if peaks:
+        lines.insert(2, f"Peak memory of a process ({model}): {', '.join(peaks)}.")
+    return [f"- {line}" for line in lines]
 
 
 def _needed(results: Results) -> str:

@@ -16,6 +16,7 @@ import whisper
 import whisper_max
 
 from .. import demo
+from ..settings import EXACT_PRECISIONS
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
@@ -25,8 +26,6 @@ Result = TypeVar("Result")
 # Largest error relative to the largest number of PyTorch's result: about ten times what is seen.
 TOLERANCES = {"highest": 1e-4, "high": 1e-4, "medium": 5e-3, "int8": 0.2}
 DECODED_TOKENS = 16
-EXACT = ("highest", "high")
-"""The precisions that promise PyTorch's tokens."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def _words(name: str, precision: str, compute: Callable[[], list]) -> Check:
     found, expected = _both(compute)
     if found == expected:
         return Check(name, "ok", "tokens identical")
-    state = "problem" if precision in EXACT else "note"
+    state = "problem" if precision in EXACT_PRECISIONS else "note"
     return Check(name, state, f"tokens {found} for PyTorch's {expected}")
 
 

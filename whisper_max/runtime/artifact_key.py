@@ -18,7 +18,8 @@ Scalar = str | int | float | bool | None
 class ArtifactKey:
     """Everything that decides what one compile produces, apart from versions, sources and CPU.
 
-    label : a short name for people, such as "base-high"; letters, digits, ".", "_" and "-"
+    label : a short name for people, such as "whisper-int8-float16-amx"; letters, digits, ".", "_"
+        and "-"
     builder : "package.module:function"; the function is called in the compiling process as
         `function(device=…, cpu_level=…, **options)` and returns the `max.graph.Graph` or
         `max.graph.Module` to compile. A Graph stands for all graphs of its module, and brings

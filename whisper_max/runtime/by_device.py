@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Union
 
 import torch
@@ -36,15 +37,16 @@ def encode(encoder: nn.Module, mel: Tensor, settings: Settings) -> Tensor:
 
         state = state_of(encoder, "encoder", GpuState)
         ready = state.ready(encoder, settings, max_device, audio_sizes(encoder), mel.dtype)
-    features = state.features.find(ready, mel)
-    if features is None:
-        single = len(mel) == 1  # upstream encodes single windows again; batches are large
-        if single:
-            mel = on_one_thread.copy(mel)  # before it is read: another thread may be writing there
-        features = ready.encode(mel)
-        if single:
-            state.features.keep(ready, mel, features)
-    return on_one_thread.copy(features)  # the caller's own, to change as it likes
+    with nullcontext() if max_device is None else max_device.reading():
+        features = state.features.find(ready, mel)
+        if features is None:
+            single = len(mel) == 1  # upstream encodes single windows again; batches are large
+            if single:
+                mel = on_one_thread.copy(mel)  # before it is read: another thread may write there
+            features = ready.encode(mel)
+            if single:
+                state.features.keep(ready, mel, features)
+        return on_one_thread.copy(features)  # the caller's own, to change as it likes
 
 
 def ready_to_decode(decoder: nn.Module, mel: Tensor, settings: Settings) -> None:

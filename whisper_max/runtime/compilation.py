@@ -33,8 +33,9 @@ _PROGRESS_SECONDS = 0.25
 _BACKGROUND_NICENESS = 19
 
 _guard = threading.RLock()  # so that two threads start one child
-_children: dict[str, subprocess.Popen] = {}  # the supervisors that this process started, by digest
-_warned: set[str] = set()  # digests whose failure has been told
+# The supervisors that this process started, by digest and cache folder.
+_children: dict[tuple[str, Path], subprocess.Popen] = {}
+_warned: set[tuple[str, Path]] = set()  # those whose failure has been told
 # After a fork they are somebody else's children; the locks in the cache folder still tell.
 os.register_at_fork(after_in_child=_children.clear)
 
@@ -63,12 +64,12 @@ def state(key: ArtifactKey, cache_dir: str | os.PathLike[str]) -> ArtifactState:
     A failure is told once, as a warning with the path of the log.
     Raises CacheRefused when the folder may not be trusted.
     """
-    child = _children.get(key.digest)
-    # The child first: had it ended between the two looks, its result would be missed.
-    status = child.poll() if child else None
-    running = child is not None and status is None
     folder = open_cache(cache_dir)
     if folder is not None:
+        child = _children.get((key.digest, folder))
+        # The child first: had it ended between the two looks, its result would be missed.
+        status = child.poll() if child else None
+        running = child is not None and status is None
         if find(key, folder):
             return ArtifactState("ready")
         if running or is_locked(folder / f"{key.stem}.lock"):
@@ -155,10 +156,10 @@ def _start(
 ) -> subprocess.Popen:
     """The supervisor of this key, started unless this process has done so."""
     with _guard:
-        child = _children.get(key.digest)
+        child = _children.get((key.digest, folder))
         if child is not None and (child.poll() is None or not (force or policy == "blocking")):
             return child
-        _warned.discard(key.digest)
+        _warned.discard((key.digest, folder))
         job = CompileJob(
             key=key.to_dict(),
             cache_dir=str(folder),
@@ -185,7 +186,7 @@ def _start(
         finally:
             os.close(log)
         logger.info("compiling the graphs of %s (process %d)", key.label, child.pid)
-        _children[key.digest] = child
+        _children[key.digest, folder] = child
         return child
 
 
@@ -236,8 +237,8 @@ def _obstacle(folder: Path) -> str | None:
 
 def _failed(key: ArtifactKey, reason: str, folder: Path) -> ArtifactState:
     told = f"compiling the graphs of {key.label} failed: {reason}"
-    if key.digest not in _warned:
-        _warned.add(key.digest)
+    if (key.digest, folder) not in _warned:
+        _warned.add((key.digest, folder))
         logger.warning(
             "%s; %s. The log is %s; `whisper-max compile` tries again at once",
             told,

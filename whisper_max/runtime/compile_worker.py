@@ -85,7 +85,7 @@ def main(role: str, content: dict) -> int:
 
 
 def compile_to_mef(key: ArtifactKey, path: Path) -> None:
-    """Build the graphs of `key` and write what MAX compiles them to. Needs minutes and gigabytes.
+    """Build the graphs of `key` and write what MAX compiles them to: half a minute, and gigabytes.
 
     Raises ArtifactRefused where the artifact computes something else than it should, and whatever
     the builder or MAX raise; MAX may also end the process.

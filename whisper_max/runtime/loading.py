@@ -47,9 +47,8 @@ def _after_fork() -> None:
     torch.set_num_threads(1)
     if hasattr(_libc, "on_exit"):  # glibc
         _libc.on_exit(_libc._exit, None)  # after Python's own end, before MAX's; keeps the status
-    for kept in _engines.values():
-        for graph in kept.graphs.values():
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
+    for kept in _engines.values():  # with its graphs, and on a GPU memory that decodes wait with
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -121,6 +120,6 @@ def _remembered(wanted: tuple[str, str], key: ArtifactKey) -> Iterator[None]:
         if not report.is_of_max(error):
             raise
         reason = f"MAX could not load {key.label}: {error}"
-        if not isinstance(error, MemoryError):  # there may be enough another time
+        if not report.tells_of_memory(error):  # there may be enough another time
             _unloadable[wanted] = reason
         raise UnsupportedByMax(reason) from error

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
+from ctypes import string_at
 from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -24,7 +25,7 @@ from .. import on_one_thread
 from ..changed_parts import named_parts
 from ..conditions import UnsupportedByMax, float16_reasons, parameter_reasons, value_reasons
 from ..dispatch import refuse
-from ..settings import Settings
+from ..settings import EXACT_PRECISIONS, Settings
 from . import loading, weights
 from .engine import CrossCache, Engine, TensorPool
 from .storage import Arithmetic, arithmetic_of
@@ -79,15 +80,22 @@ class Memo(Generic[Kept]):
         self._last = None
 
 
+_SAMPLED = 64
+"""Bytes of a tensor's memory that are looked at together."""
+
+
 class _Seen:
     """A parameter or buffer as it was.
 
     Its address does not tell `p.data = other` when `other` got the memory that `p` had before, as
     in half() and float() one after the other. A weak reference keeps a storage's identity, without
     its memory; one to the tensor does not keep what its hooks refer to, such as its module.
+
+    What is written through `.data`, or an array that shares the memory, counts nowhere. But mostly
+    it is all of a tensor, so that some of its bytes tell.
     """
 
-    __slots__ = "name", "tensor", "storage", "address", "version", "view"
+    __slots__ = "name", "tensor", "storage", "address", "version", "view", "sampled"
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name = name
@@ -96,6 +104,7 @@ class _Seen:
         self.address = tensor.data_ptr()
         self.version = tensor._version
         self.view = _view_of(tensor)
+        self.sampled = [(at, size, string_at(at, size)) for at, size in _places_in(tensor)]
 
     def is_still(self, name: str, tensor: Tensor) -> bool:
         """Whether the tensor of this name is that one, unchanged."""
@@ -106,12 +115,22 @@ class _Seen:
             and tensor._version == self.version
             and _view_of(tensor) == self.view
             and tensor.untyped_storage()._cdata == self.storage.cdata
+            and all(string_at(at, size) == found for at, size, found in self.sampled)
         )
 
 
 def _view_of(tensor: Tensor) -> tuple[object, ...]:
     """How a tensor reads its memory."""
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
+
+
+def _places_in(tensor: Tensor) -> list[tuple[int, int]]:
+    """Addresses and sizes of two places in a tensor's memory, as far as it is the CPU's."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() == 0:
+        return []
+    whole = tensor.numel() * tensor.element_size()
+    size = min(whole, _SAMPLED)
+    return [(tensor.data_ptr() + at, size) for at in (0, (whole - size) // 2)]
 
 
 class Guard:
@@ -210,8 +229,8 @@ class ModelState:
         self.features.drop()
         self.cross.drop()
         refuse(parameter_reasons(tensors.values(), torch.device("cpu")))
-        # These two round where they must.
-        self._exact = True if precision in ("medium", "int8") else None
+        # Where weights are rounded anyway, float16 is what they are rounded to.
+        self._exact = None if precision in EXACT_PRECISIONS else True
         self._reasons = value_reasons(tensors)
         if precision == "medium":
             self._reasons += float16_reasons(list(weights.matrices(tensors)))
@@ -278,7 +297,7 @@ def state_of(
 
 
 def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
-    if not _states or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _states:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     with _states_guard:

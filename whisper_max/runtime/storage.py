@@ -71,11 +71,6 @@ def keys_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> tuple[Artif
     return tuple(_key_at(level, arithmetic) for level in levels)
 
 
-def key_of(arithmetic: Arithmetic, cpu_level: str | None = None) -> ArtifactKey:
-    """The artifact for this arithmetic on this machine: one for all model sizes."""
-    return keys_of(arithmetic, cpu_level)[0]
-
-
 def _key_at(level: str, arithmetic: Arithmetic) -> ArtifactKey:
     weight, cross, product, attention, _ = arithmetic
     options = {

@@ -54,7 +54,7 @@ class Layers:
         if self.few_rows:
             return _few_rows(x, weight, bias, False, None)
         # One product of two matrices: of more dimensions it would be a batch of small ones.
-        y = x.reshape((-1, x.shape[-1])) @ weight.T
+        y = product(x.reshape((-1, x.shape[-1])), weight.T)
         if bias is not None:
             y = y + bias
         return y.reshape((*x.shape[:-1], weight.shape[0]))
@@ -83,6 +83,24 @@ class Layers:
     def mlp(self, x: TensorValue, name: str, added: TensorValue) -> TensorValue:
         """Two linear layers, four times as wide between them."""
         return self.linear(self.linear(x, f"{name}.0", activated=True), f"{name}.2", added=added)
+
+
+def product(a: TensorValue, b: TensorValue) -> TensorValue:
+    """a @ b, in the precision of their dtype.
+
+    A GPU's products of float32 numbers round both to TF32, to 11 bits. As sums of two, of which
+    the first is rounded to bfloat16, 19 are left: of what is left out, rest by rest is the largest.
+    """
+    if a.dtype != DType.float32:
+        return a @ b
+    (a, a_rest), (b, b_rest) = _split(a), _split(b)
+    return a @ b + (a @ b_rest + a_rest @ b)
+
+
+def _split(x: TensorValue) -> tuple[TensorValue, TensorValue]:
+    """A part that TF32 holds exactly, and the rest."""
+    rounded = x.cast(DType.bfloat16).cast(x.dtype)
+    return rounded, x - rounded
 
 
 def _few_rows(
@@ -192,8 +210,9 @@ def attention_with_scores(
 
     Returns the values, shape as q, and the raw scores in float32, (batch, heads, queries, keys).
     """
-    scores = (_scaled(heads_first(q)) @ _scaled(k).permute([0, 1, 3, 2])).cast(DType.float32)
-    values = ops.softmax(scores).cast(q.dtype) @ v
+    keys = _scaled(k).permute([0, 1, 3, 2])
+    scores = product(_scaled(heads_first(q)), keys).cast(DType.float32)
+    values = product(ops.softmax(scores).cast(q.dtype), v)
     return values.permute([0, 2, 1, 3]), scores
 
 

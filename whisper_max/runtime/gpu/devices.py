@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,6 +20,8 @@ class MaxDevice:
     torch_device, device : the same device, PyTorch's and MAX's
     architecture : as artifacts name it, such as "cuda:sm_90a"
     captures : whether graphs can be captured and replayed
+    lock : held by a thread that gives MAX work to do: all of it goes into one queue, and what
+        another thread put there during a capture would be recorded
     """
 
     captures = False
@@ -27,10 +30,20 @@ class MaxDevice:
         self.torch_device = torch_device
         self.device = device
         self.architecture = architecture
+        self.lock = threading.RLock()
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
         """MAX's work inside comes after PyTorch's before, and PyTorch's after comes after it."""
+        with self.lock:
+            yield
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """PyTorch's work inside comes after MAX's before, and MAX's after comes after it.
+
+        For what another thread, whose current stream is another, has had MAX compute.
+        """
         yield
 
 
@@ -63,15 +76,35 @@ class CudaDevice(MaxDevice):
     @contextmanager
     def in_order(self) -> Iterator[None]:
         current = torch.cuda.current_stream(self.torch_device)
-        if self._stream is None:  # nothing to wait for on the device: the host waits
-            current.synchronize()
-            yield
-            self.device.synchronize()
-            return
-        self._stream.wait_stream(current)
+        with self.lock:
+            self._max_waits(current)
+            try:
+                yield
+            finally:
+                self._pytorch_waits(current)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self.torch_device)
+        with self.lock:
+            self._pytorch_waits(current)
         try:
             yield
         finally:
+            with self.lock:
+                self._max_waits(current)
+
+    def _max_waits(self, current: torch.cuda.Stream) -> None:
+        """On the device; where MAX's stream is not known, it is the host that waits."""
+        if self._stream is None:
+            current.synchronize()
+        else:
+            self._stream.wait_stream(current)
+
+    def _pytorch_waits(self, current: torch.cuda.Stream) -> None:
+        if self._stream is None:
+            self.device.synchronize()
+        else:
             current.wait_stream(self._stream)
 
 

@@ -19,6 +19,7 @@ from max.engine import CompiledModel, InferenceSession
 from torch import Tensor
 
 from ... import on_one_thread, report
+from ...conditions import UnsupportedByMax
 from ...graphs.gpu.specification import TextSizes
 from ...graphs.specification import HEAD_DIM
 from ..load_max import without_signal_handler
@@ -40,7 +41,10 @@ _capture_keys = itertools.count()
 
 
 class GpuEngine:
-    """Loaded graphs, without weights."""
+    """Loaded graphs, without weights.
+
+    uncapturable : names of the steps that could not be captured; they run as they are
+    """
 
     def __init__(self, compiled: CompiledModel, max_device: MaxDevice) -> None:
         self.max_device = max_device
@@ -48,6 +52,7 @@ class GpuEngine:
             session = InferenceSession(devices=[max_device.device])
         self.graphs = session.init_all(compiled, weights_registry={})
         self.workspaces = WorkspacePool()
+        self.uncapturable: set[str] = set()
 
     def execute(self, graph: str, *operands: Buffer) -> list[Buffer]:
         """Runs one graph, in order with PyTorch's current stream.
@@ -65,6 +70,8 @@ class GpuEngine:
         """
         try:
             yield
+        except UnsupportedByMax:
+            raise
         except (RuntimeError, ValueError, MemoryError) as error:
             self.workspaces.clear()
             raise report.as_unsupported(what, error) from error
@@ -92,7 +99,6 @@ class Workspace:
         self._held: tuple[weakref.ref[Weights], Tensor] | None = None
         self._captured: _Captured | None = None
         self._capture_key = next(_capture_keys)
-        self._may_capture = engine.max_device.captures
         device = engine.max_device.device
         heads, layers = sizes.n_text_head, sizes.n_text_layer
         with engine.failing("making a decode's workspace"), engine.max_device.in_order():
@@ -134,7 +140,8 @@ class Workspace:
 
     def suppress(self, mask: np.ndarray) -> None:
         """What is added to the logits of each token, shape = (n_vocab,), float32."""
-        self._mask.write(mask)
+        with self._engine.failing("writing a mask"), self._engine.max_device.lock:
+            self._mask.write(mask)
 
     def step(
         self,
@@ -151,15 +158,26 @@ class Workspace:
         graph : "decoder_step", or "decoder_greedy_step" where one ranked token is enough
 
         Returns log probabilities, float32, and tokens, int32, both (rows, RANKED) or (rows, 1).
+        Raises as `GpuEngine.failing` does.
         """
-        self._tokens.write(tokens)
-        self._position.write([position])
-        self._rules.write(rules)
+        self._tokens.set(tokens)
+        self._position.set([position])
+        self._rules.set(rules)
+        # All the rest: what fails on the device may be told at whatever waits for it next.
+        with self._engine.failing("a step"), self._engine.max_device.lock:
+            return self._step(parents, weights, graph)
+
+    def _step(
+        self, parents: Sequence[int], weights: Weights, graph: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        for operand in (self._tokens, self._position, self._rules):
+            operand.send()
         small = (self._tokens, self._position, self._parents, self._mask, self._rules)
         operands = [operand.buffer for operand in small]
         operands += [*self.cache, *self.cross, *weights["decoder"]]
         # A recorded step reads the weights that it was recorded with, whatever it is given.
-        if self._may_capture and not self._has_captured(graph, weights):
+        captures = self._engine.max_device.captures and graph not in self._engine.uncapturable
+        if captures and not self._has_captured(graph, weights):
             self._capture(graph, operands, weights)
         self._parents.write(parents)
         logprobs, best = self._replay(graph, operands)
@@ -185,12 +203,15 @@ class Workspace:
             with self._engine.max_device.in_order():
                 results = model.capture(self._capture_key, *operands)
             self._captured = _Captured(graph, weakref.ref(weights), results)
+            # MAX instantiates it on threads of its own, and would tell of failures at a replay.
+            model._await_device_graphs()
         except (RuntimeError, ValueError) as error:
-            self._may_capture = False
+            self._engine.uncapturable.add(graph)
+            self._release()
             logger.warning("a decoding step could not be captured, and runs as it is: %s", error)
 
     def _replay(self, graph: str, operands: list[Buffer]) -> list[Buffer]:
-        if self._captured is None:
+        if self._captured is None or self._captured.graph != graph:
             return self._engine.execute(graph, *operands)
         with self._engine.failing("a replayed step"), self._engine.max_device.in_order():
             self._engine.graphs[graph].replay(self._capture_key, *operands)
@@ -200,7 +221,8 @@ class Workspace:
         if self._captured is not None:
             model = self._engine.graphs[self._captured.graph]
             self._captured = None  # the results first: they are in the captured graph's memory
-            model.release_captured_graph(self._capture_key)
+            with self._engine.max_device.lock:
+                model.release_captured_graph(self._capture_key)
 
 
 class _Captured(NamedTuple):
@@ -262,8 +284,15 @@ class _Operand:
         self.buffer = self._source.to(device)
 
     def write(self, values: Sequence | np.ndarray) -> None:
-        """Before all work that MAX begins later."""
+        """For all work that MAX begins later."""
+        self.set(values)
+        self.send()
+
+    def set(self, values: Sequence | np.ndarray) -> None:
+        """What `send` sends."""
         self._host[...] = np.reshape(values, self._host.shape)
+
+    def send(self) -> None:
         if self.buffer is not self._source:
             self.buffer.inplace_copy_from(self._source)
 
