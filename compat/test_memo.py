@@ -17,7 +17,8 @@ from strategies import numbers, small, token_rows
 from whisper_max import UnsupportedByMax, settings
 from whisper_max.runtime import model_state
 from whisper_max.runtime.decoder_session import DecoderSession
-from whisper_max.runtime.engine import CrossCache, Engine
+from whisper_max.runtime.cross_cache import CrossCache
+from whisper_max.runtime.engine import Engine
 
 
 @pytest.fixture

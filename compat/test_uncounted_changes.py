@@ -1,6 +1,6 @@
 """Weights that change without PyTorch counting it, where something else tells of it.
 
-What it counts, `runtime/model_state.py` looks at; after the rest a user has to call `refresh`.
+What it counts, `runtime/watch.py` looks at; after the rest a user has to call `refresh`.
 """
 
 from __future__ import annotations

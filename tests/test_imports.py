@@ -45,6 +45,7 @@ LEAVES = {
     "rule",
     "settings",
     "shadow",
+    "tensor_numbers",
     "upstream_structure",
     "versions",
 }

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from whisper_max import on_one_thread
+from whisper_max import on_one_thread, tensor_numbers
 
 from isolation import pytorch_threads
 
@@ -38,14 +38,14 @@ def test_numbers_below_a_limit_are_told_from_others(view, numbers):
     tensor = view(torch.from_numpy(numbers))
     for limit in (1e15, 3.0, 0.0):
         expected = bool((tensor.abs() <= limit).all())
-        assert on_one_thread.all_below(limit, tensor) == expected
+        assert tensor_numbers.all_below(limit, tensor) == expected
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @given(numbers=ANY)
 def test_a_copy_is_equal_and_in_memory_of_its_own(view, numbers):
     tensor = view(torch.from_numpy(numbers))
-    copy = on_one_thread.copy(tensor)
+    copy = tensor_numbers.copy(tensor)
     assert type(copy) is torch.Tensor and copy.dtype is torch.float32
     assert copy.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
     torch.testing.assert_close(copy, tensor.detach(), rtol=0, atol=0, equal_nan=True)
@@ -55,7 +55,7 @@ def test_a_copy_is_equal_and_in_memory_of_its_own(view, numbers):
 def test_equality_is_pytorchs(numbers, other):
     one = torch.from_numpy(numbers)
     for second in (one, one.clone(), torch.from_numpy(other)):
-        assert on_one_thread.equal(one, second) == torch.equal(one, second)
+        assert tensor_numbers.equal(one, second) == torch.equal(one, second)
 
 
 @pytest.fixture

@@ -97,11 +97,11 @@ def mel_reasons(mel: torch.Tensor, n_mels: int, frames: int) -> list[str]:
     Shape (batch, n_mels, frames) is what upstream's forward accepts; anything else goes there, for
     upstream's own error.
     """
-    from . import on_one_thread
+    from . import tensor_numbers
 
     if mel.ndim != 3 or tuple(mel.shape[1:]) != (n_mels, frames) or mel.shape[0] == 0:
         return [f"mel has shape {tuple(mel.shape)}, expected (batch, {n_mels}, {frames})"]
-    if not on_one_thread.all_below(LARGEST, mel):
+    if not tensor_numbers.all_below(LARGEST, mel):
         return [f"mel holds values that are not finite, or beyond {LARGEST:.0e}"]
     return []
 
@@ -245,7 +245,7 @@ def value_reasons(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Reasons that lie in the numbers of a module's parameters and buffers, by name."""
     import torch
 
-    from . import on_one_thread
+    from . import tensor_numbers
 
     reasons = []
     for name, tensor in tensors.items():
@@ -255,7 +255,7 @@ def value_reasons(tensors: Mapping[str, torch.Tensor]) -> list[str]:
             causal = torch.full(shape, -torch.inf, device=tensor.device).triu_(1)
             if tensor.ndim != 2 or not torch.equal(tensor[:n_text_ctx, :n_text_ctx], causal):
                 reasons.append("mask is not the causal one")
-        elif tensor.numel() and not on_one_thread.all_below_on_any(LARGEST_WEIGHT, tensor):
+        elif tensor.numel() and not tensor_numbers.all_below_on_any(LARGEST_WEIGHT, tensor):
             reasons.append(
                 f"{name} holds values that are not finite, or beyond {LARGEST_WEIGHT:.0e}"
             )

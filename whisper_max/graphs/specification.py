@@ -16,7 +16,7 @@ PANEL = 32
 """Output channels in one packed panel, as in kernels/gemm.mojo."""
 
 MASKED = -3.0e38
-"""The score of a token or key that is left out, as in kernels/attention.mojo."""
+"""The score of a token or key that is left out, as in kernels/softmax.mojo."""
 
 HEAD_DIM = 64
 """The head size of every Whisper model, and the only one the kernels know."""

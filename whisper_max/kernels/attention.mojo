@@ -1,29 +1,19 @@
 """Attention on packed keys and values: softmax(q k^T / 8) v with head_dim 64.
 
-Keys are packed like weights: panels of 32 frames, `[frames / 32, 64, 32]`. Values are two panels
-of 32 channels, `[2, frames, 32]`, frames padded to a multiple of 32 with zeros. Panels of bfloat16
-hold pairs (products.mojo): both products are then made of such pairs. For matrix tiles both hold
-one bfloat16 or two for each number (tiles.mojo). Scores of a few rows live in a worker's scratch;
-the score matrix of a window is never formed.
+Scores of a few rows live in a worker's scratch; the score matrix of a window is never formed.
 """
 
-from std.math import align_up, exp, iota
+from std.math import iota
 from std.memory import unsafe_stack_allocation
 from std.memory.alloc import unsafe_alloc
-from std.sys import llvm_intrinsic
 
 from .gemm import F32, PANEL, Floats, Packed, accumulate, raw, tile_rows
-from .packing import LINES, store_turned
+from .keys_and_values import HEAD_DIM, padded
 from .products import (
-    BF16,
-    PAIRS_STEP,
-    WORDS,
-    Words,
-    accumulate_pairs,
-    split_in_place,
-    store_bfloat16,
-    store_pairs,
-    words_of,
+    BF16, PAIRS_STEP, WORDS, accumulate_pairs, split_in_place, store_bfloat16
+)
+from .softmax import (
+    LOG2_E, MASKED, higher, highest_of, look_for_highest, mask, softmax, total_of, weigh_row
 )
 from .tiles import (
     TILE_ROWS,
@@ -35,7 +25,6 @@ from .tiles import (
     turns_of,
 )
 
-comptime HEAD_DIM = 64
 comptime SCALE: Float32 = 0.125
 """1 / sqrt(head_dim): a power of two, so that it does not matter where it is applied."""
 comptime SCORE_PADDING = 16
@@ -46,233 +35,6 @@ comptime ROWS_BY_TILES = 2 * TILE_ROWS
 comptime HIGHEST_TOTAL: Float32 = 18446744073709551616.0
 """2^64, of a row's weights in tiles: beyond, the level was too low. Values of nearly 2^64 can still
 be multiplied with them."""
-
-comptime LOG2_E: Float32 = 1.44269504
-comptime FLOOR = 1
-comptime CURRENT_ROUNDING = 4
-"""How AVX-512's instructions are told to round: down; and as the thread does otherwise."""
-
-comptime MASKED: Float32 = -3.0e38
-"""A score that softmax turns into zero."""
-
-
-@always_inline
-def padded(frames: Int) -> Int:
-    """Frames rounded up to whole panels."""
-    return align_up(frames, PANEL)
-
-
-@always_inline
-def head_size(frames: Int) -> Int:
-    """Elements of one head's packed keys, and of its packed values."""
-    return padded(frames) * HEAD_DIM
-
-
-def pack_keys[
-    type: DType, //, tiles: Bool
-](source: Floats, row_stride: Int, frames: Int, to: Packed[type]):
-    """Packs the keys of one head; frame `f` of the source starts at `f * row_stride`."""
-    comptime if tiles or type == BF16:
-        pack_key_pairs[parts_of[type, tiles]()](source, row_stride, frames, words_of(to))
-        return
-    for first in range(0, frames, PANEL):
-        for d in range(0, HEAD_DIM, LINES):
-            var block = Array[SIMD[type, LINES], PANEL](fill=0)
-            for i in range(min(PANEL, frames - first)):
-                block[i] = (
-                    source.unsafe_offset((first + i) * row_stride + d)
-                    .unsafe_load[width=LINES]()
-                    .cast[type]()
-                )
-            store_turned(block, to.unsafe_offset(first * HEAD_DIM + d * PANEL))
-
-
-def pack_key_pairs[
-    parts: Int
-](source: Floats, row_stride: Int, frames: Int, to: Words):
-    """Packs keys as pairs: two neighbours of a key are one word, and frames lie side by side."""
-    comptime pairs = parts * HEAD_DIM // 2
-    var keys = unsafe_stack_allocation[PANEL * 2 * pairs, Scalar[BF16], alignment=64]()
-    var words = words_of(raw(keys))
-    for first in range(0, frames, PANEL):
-        for i in range(min(PANEL, frames - first)):
-            store_bfloat16[parts](
-                source.unsafe_offset((first + i) * row_stride),
-                raw(keys).unsafe_offset(i * 2 * pairs),
-                HEAD_DIM,
-            )
-        for pair in range(0, pairs, LINES):
-            var block = Array[SIMD[DType.uint32, LINES], PANEL](fill=0)
-            for i in range(min(PANEL, frames - first)):
-                block[i] = words.unsafe_offset(i * pairs + pair).unsafe_load[width=LINES]()
-            store_turned(block, to.unsafe_offset(first * pairs + pair * PANEL))
-
-
-def pack_value_pairs[
-    parts: Int
-](source: Floats, row_stride: Int, frames: Int, to: Packed[BF16], length: Int):
-    """Packs values as pairs of frames."""
-    for half in range(HEAD_DIM // PANEL):
-        for frame in range(0, padded(frames), 2):
-            var first = SIMD[F32, PANEL](0)
-            var second = SIMD[F32, PANEL](0)
-            var at = source.unsafe_offset(frame * row_stride + half * PANEL)
-            if frame < frames:
-                first = at.unsafe_load[width=PANEL]()
-            if frame + 1 < frames:
-                second = at.unsafe_offset(row_stride).unsafe_load[width=PANEL]()
-            store_pairs[parts](
-                first, second, to.unsafe_offset(half * parts * length * PANEL), frame
-            )
-
-
-def pack_values[
-    type: DType, //, width: Int, tiles: Bool
-](source: Floats, row_stride: Int, frames: Int, to: Packed[type], length: Int):
-    """Packs the values of one head, or of a run of its frames, of which panels hold `length`."""
-    comptime if tiles or type == BF16:
-        pack_value_pairs[parts_of[type, tiles]()](
-            source, row_stride, frames, Packed[BF16](unsafe_from_address=Int(to)), length
-        )
-        return
-    for half in range(HEAD_DIM // PANEL):
-        for frame in range(padded(frames)):
-            var line = to.unsafe_offset((half * length + frame) * PANEL)
-            comptime for lane in range(0, PANEL, width):
-                var x = SIMD[F32, width](0)
-                if frame < frames:
-                    x = source.unsafe_offset(
-                        frame * row_stride + half * PANEL + lane
-                    ).unsafe_load[width=width]()
-                line.unsafe_offset(lane).unsafe_store(x.cast[type]())
-
-
-@always_inline
-def higher[width: Int](a: SIMD[F32, width], b: SIMD[F32, width]) -> SIMD[F32, width]:
-    """The higher of each two; where one is not a number, `b`: one instruction, unlike `max`."""
-    return a.gt(b).select(a, b)
-
-
-@always_inline
-def highest_of(scores: Floats, length: Int) -> Float32:
-    """The highest of `length` scores, a multiple of a panel."""
-    var highest = SIMD[F32, PANEL](MASKED)
-    for i in range(0, length, PANEL):
-        highest = higher[PANEL](scores.unsafe_offset(i).unsafe_load[width=PANEL](), highest)
-    return highest.reduce_max()
-
-
-@always_inline
-def mask(scores: Floats, count: Int, length: Int):
-    """Leaves out the scores from `count` on."""
-    for i in range(count, length):
-        scores.unsafe_offset(i).unsafe_store(MASKED)
-
-
-@always_inline
-def softmax[
-    width: Int, rounded: Bool = False
-](scores: Floats, length: Int, highest: Float32) -> Float32:
-    """Exponentiates `scores[:length]` less the highest of them; returns the sum.
-
-    `length` is a multiple of a panel, so that vectors overlap. Where `rounded`, what is stored is
-    bfloat16, from the beginning of the scores on.
-    """
-    var to = Packed[BF16](unsafe_from_address=Int(scores))
-    var total = SIMD[F32, PANEL](0)
-    for i in range(0, length, PANEL):
-        var x = scores.unsafe_offset(i).unsafe_load[width=PANEL]() - highest
-        var e = SIMD[F32, PANEL](0)
-        comptime if width == WORDS:
-            comptime for half in range(0, PANEL, WORDS):
-                e = e.insert[offset=half](exp_by_scaling[rounded](x.slice[WORDS, offset=half]()))
-        else:
-            e = exp(x)
-        comptime if rounded:
-            to.unsafe_offset(i).unsafe_store(e.cast[BF16]())
-        else:
-            scores.unsafe_offset(i).unsafe_store(e)
-        total += e
-    return total.reduce_add()
-
-
-@always_inline
-def exp_by_scaling[rough: Bool](x: SIMD[F32, WORDS]) -> SIMD[F32, WORDS]:
-    """The exponential of numbers that are not positive, with AVX-512, in half the instructions."""
-    return power_of_two[rough](x * LOG2_E)
-
-
-@always_inline
-def power_of_two[rough: Bool](power: SIMD[F32, WORDS]) -> SIMD[F32, WORDS]:
-    """2^p with AVX-512, infinite from 2^128 on.
-
-    It is 2^floor(p), by which `vscalefps` scales, times a polynomial of what floor takes away.
-    Relative error below 2 / 2^24, and none for whole p. Rounding p beforehand adds ln 2 |p| / 2^24:
-    little where p is a score less the highest and next to it, up to 2^-18 in tiles, whose levels
-    may lie 64 below. Where `rough`, below 1e-4, a 20th of that of rounding to bfloat16.
-    Coefficients by weighted least squares.
-    """
-    var rest = llvm_intrinsic["llvm.x86.avx512.mask.reduce.ps.512", SIMD[F32, WORDS]](
-        power, Int32(FLOOR), power, Int16(-1), Int32(CURRENT_ROUNDING)
-    )
-    var y: SIMD[F32, WORDS]
-    comptime if rough:
-        y = SIMD[F32, WORDS](0.07802452)
-        y = y.fma(rest, 0.22606718)
-        y = y.fma(rest, 0.69583352)
-        y = y.fma(rest, 0.99992523)
-    else:
-        y = SIMD[F32, WORDS](0.0002161291631637141)
-        y = y.fma(rest, 0.0012467845808714628)
-        y = y.fma(rest, 0.009675451554358006)
-        y = y.fma(rest, 0.055485282093286514)
-        y = y.fma(rest, 0.2402293086051941)
-        y = y.fma(rest, 0.6931470632553101)
-        y = y.fma(rest, 1.0)
-    return llvm_intrinsic["llvm.x86.avx512.mask.scalef.ps.512", SIMD[F32, WORDS]](
-        y, power, y, Int16(-1), Int32(CURRENT_ROUNDING)
-    )
-
-
-@always_inline
-def look_for_highest(block: Floats, highest: Floats):
-    """Raises the highest scores of 16 rows, `[16, 16]`, by those of a block, `[16, 32]`."""
-    for r in range(TILE_ROWS):
-        var at = block.unsafe_offset(r * PANEL)
-        var left = at.unsafe_load[width=WORDS]()
-        var right = at.unsafe_offset(WORDS).unsafe_load[width=WORDS]()
-        var high = highest.unsafe_offset(r * WORDS)
-        var both = higher[WORDS](left, right)
-        high.unsafe_store(higher[WORDS](both, high.unsafe_load[width=WORDS]()))
-
-
-@always_inline
-def weigh_row[
-    parts: Int
-](scores: Floats, level: Float32, to: Packed[BF16], totals: Floats):
-    """Makes weights of the scores of a row with a panel: 2 to their power, less the row's level.
-
-    They are a row of a tile of bfloat16, or of two of parts side by side, and are added to 16
-    totals.
-    """
-    var total = totals.unsafe_load[width=WORDS]()
-    var powers = scores.unsafe_load[width=PANEL]() - level
-    comptime for half in range(0, PANEL, WORDS):
-        var weight = power_of_two[parts == 1](powers.slice[WORDS, offset=half]())
-        var rounded = weight.cast[BF16]()
-        to.unsafe_offset(half).unsafe_store(rounded)
-        comptime if parts == 2:
-            to.unsafe_offset(PANEL + half).unsafe_store(
-                (weight - rounded.cast[F32]()).cast[BF16]()
-            )
-        total += weight
-    totals.unsafe_store(total)
-
-
-@always_inline
-def total_of(totals: Floats, row: Int) -> Float32:
-    """The sum of a row's weights, of which `totals` hold 16 parts."""
-    return totals.unsafe_offset(row * WORDS).unsafe_load[width=WORDS]().reduce_add()
 
 
 @fieldwise_init
@@ -631,88 +393,3 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
                 self.output.unsafe_offset(
                     (row + i // 2) * self.output_stride + half * PANEL + (i % 2) * WORDS
                 ).unsafe_store(sums[i] / totals[i // 2])
-
-
-@fieldwise_init
-struct SelfAttention[width: Int](ImplicitlyCopyable):
-    """Causal self-attention of the decoder over an append-only cache.
-
-    `cache` is one layer's `[2, rows, heads, context, 64]`, keys then values. A row that branched
-    off another (beam search) owns only what it appended: the key of position `p` of row `b`
-    stands in row `source[b, p]` of the cache.
-    """
-
-    var output: Floats
-    var qkv: Floats
-    var cache: Floats
-    var source: Pointer[Int32, MutUntrackedOrigin]
-    var cache_rows: Int
-    var heads: Int
-    var context: Int
-    var offset: Int
-    var tokens: Int
-
-    @always_inline
-    def at(self, kind: Int, row: Int, head: Int, position: Int) -> Floats:
-        """One position of one head: 64 floats of the keys (`kind` 0) or the values (1)."""
-        return self.cache.unsafe_offset(
-            (((kind * self.cache_rows + row) * self.heads + head) * self.context + position)
-            * HEAD_DIM
-        )
-
-    def append(self, row: Int, head: Int):
-        """Writes the new keys and values of one row and head into the cache."""
-        var n = self.heads * HEAD_DIM
-        for i in range(self.tokens):
-            var new = self.qkv.unsafe_offset((row * self.tokens + i) * 3 * n + head * HEAD_DIM)
-            for kind in range(2):
-                comptime for d in range(0, HEAD_DIM, Self.width):
-                    self.at(kind, row, head, self.offset + i).unsafe_offset(d).unsafe_store(
-                        new.unsafe_offset((kind + 1) * n + d).unsafe_load[width=Self.width]()
-                    )
-
-    def run(self, row: Int, head: Int):
-        """Appends, then attends with every new token of one row and head."""
-        comptime vectors = HEAD_DIM // Self.width
-        var n = self.heads * HEAD_DIM
-        self.append(row, head)
-        var scores = unsafe_alloc[Float32](
-            align_up(self.offset + self.tokens, PANEL), alignment=64
-        )
-        for i in range(self.tokens):
-            var query = self.qkv.unsafe_offset((row * self.tokens + i) * 3 * n + head * HEAD_DIM)
-            var q = Array[SIMD[F32, Self.width], vectors](fill=SIMD[F32, Self.width](0))
-            comptime for v in range(vectors):
-                q[v] = query.unsafe_offset(v * Self.width).unsafe_load[width=Self.width]()
-            var count = self.offset + i + 1
-            for p in range(count):
-                var key = self.at(0, self.row_of(row, p), head, p)
-                var product = SIMD[F32, Self.width](0)
-                comptime for v in range(vectors):
-                    product = q[v].fma(
-                        key.unsafe_offset(v * Self.width).unsafe_load[width=Self.width](), product
-                    )
-                scores.unsafe_offset(p).unsafe_store(product.reduce_add() * SCALE)
-            var length = align_up(count, PANEL)
-            mask(scores, count, length)
-            var total = softmax[Self.width](scores, length, highest_of(scores, length))
-            var sums = Array[SIMD[F32, Self.width], vectors](fill=SIMD[F32, Self.width](0))
-            for p in range(count):
-                var value = self.at(1, self.row_of(row, p), head, p)
-                var weight = SIMD[F32, Self.width](scores.unsafe_offset(p).unsafe_load())
-                comptime for v in range(vectors):
-                    sums[v] = weight.fma(
-                        value.unsafe_offset(v * Self.width).unsafe_load[width=Self.width](), sums[v]
-                    )
-            comptime for v in range(vectors):
-                self.output.unsafe_offset(
-                    (row * self.tokens + i) * n + head * HEAD_DIM + v * Self.width
-                ).unsafe_store(sums[v] / total)
-        scores.unsafe_free()
-
-    @always_inline
-    def row_of(self, row: Int, position: Int) -> Int:
-        """The cache row that holds a position: the new tokens of a row are its own."""
-        if position >= self.offset:
-            return row
-        return Int(self.source.unsafe_offset(row * self.context + position).unsafe_load())

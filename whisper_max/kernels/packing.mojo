@@ -60,7 +60,7 @@ struct Matrix[type: DType](ImplicitlyCopyable):
                 block[row] = Self.held(numbers, factors[row])
                 comptime if Self.type == DType.float16:
                     lost |= block[row].cast[F32]().ne(numbers).reduce_or()
-            store_turned(block, to.unsafe_offset(k * PANEL), lines)
+            store_transposed(block, to.unsafe_offset(k * PANEL), lines)
         return lost
 
     def scale_of(self, row: Floats) -> Float32:
@@ -85,7 +85,7 @@ struct Matrix[type: DType](ImplicitlyCopyable):
 
 
 @always_inline
-def store_turned[
+def store_transposed[
     type: DType, //
 ](mut block: Array[SIMD[type, LINES], PANEL], to: Packed[type], lines: Int = LINES):
     """Stores 32 rows of 16 as the first of 16 lines of 32.

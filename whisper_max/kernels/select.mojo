@@ -11,7 +11,7 @@ from std.math import exp, log
 from std.memory.alloc import unsafe_alloc
 from std.utils.numerics import nan, neg_inf
 
-from .attention import MASKED
+from .softmax import MASKED
 from .gemm import F32, Floats, raw
 from .phases import in_one_phase, team_size
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Union
 import torch
 from torch import Tensor, nn
 
-from .. import on_one_thread
+from .. import tensor_numbers
 from ..settings import Settings
 from . import load_max  # noqa: F401 - before the others, which import MAX, too
 from .decoder_session import DecoderSession
@@ -42,11 +42,11 @@ def encode(encoder: nn.Module, mel: Tensor, settings: Settings) -> Tensor:
         if features is None:
             single = len(mel) == 1  # upstream encodes single windows again; batches are large
             if single:
-                mel = on_one_thread.copy(mel)  # before it is read: another thread may write there
+                mel = tensor_numbers.copy(mel)  # before it is read: another thread may write there
             features = ready.encode(mel)
             if single:
                 state.features.keep(ready, mel, features)
-        return on_one_thread.copy(features)  # the caller's own, to change as it likes
+        return tensor_numbers.copy(features)  # the caller's own, to change as it likes
 
 
 def ready_to_decode(decoder: nn.Module, mel: Tensor, settings: Settings) -> None:

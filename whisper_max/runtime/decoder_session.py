@@ -16,9 +16,9 @@ from ..graphs.specification import HEAD_DIM
 from ..rule import Rule
 from ..settings import Settings
 from . import weights
-from .engine import (
-    CrossCache, DecoderState, Ranked, Scores, Selection, decoder_select, decoder_step
-)
+from .cross_cache import CrossCache
+from .decoder_state import DecoderState, Ranked, Selection
+from .decoder_steps import Scores, decoder_select, decoder_step
 from .memory import huge_pages
 from .model_state import Ready, state_of
 from .tensors import int32, to_buffer, to_torch

@@ -7,10 +7,8 @@ follows the module's weights: when those change, it is made anew.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from ctypes import string_at
 from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -18,17 +16,18 @@ from weakref import WeakKeyDictionary
 import torch
 from max.driver import Buffer
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .. import on_one_thread
+from .. import tensor_numbers
 from ..changed_parts import named_parts
 from ..conditions import UnsupportedByMax, float16_reasons, parameter_reasons, value_reasons
 from ..dispatch import refuse
 from ..settings import EXACT_PRECISIONS, Settings
 from . import loading, weights
-from .engine import CrossCache, Engine, TensorPool
+from .cross_cache import CrossCache, TensorPool
+from .engine import Engine
 from .storage import Arithmetic, arithmetic_of
+from .watch import Watch
 
 
 class Ready(NamedTuple):
@@ -64,7 +63,7 @@ class Memo(Generic[Kept]):
     def find(self, ready: Ready, source: Tensor) -> Kept | None:
         """The result for these weights and this input."""
         last = self._last
-        if last is not None and last[0] is ready and on_one_thread.equal(last[1], source):
+        if last is not None and last[0] is ready and tensor_numbers.equal(last[1], source):
             return last[2]
         return None
 
@@ -78,59 +77,6 @@ class Memo(Generic[Kept]):
     def drop(self) -> None:
         """Forgets, before a large result is made anew."""
         self._last = None
-
-
-_SAMPLED = 64
-"""Bytes of a tensor's memory that are looked at together."""
-
-
-class _Seen:
-    """A parameter or buffer as it was.
-
-    Its address does not tell `p.data = other` when `other` got the memory that `p` had before, as
-    in half() and float() one after the other. A weak reference keeps a storage's identity, without
-    its memory; one to the tensor does not keep what its hooks refer to, such as its module.
-
-    What is written through `.data`, or an array that shares the memory, counts nowhere. But mostly
-    it is all of a tensor, so that some of its bytes tell.
-    """
-
-    __slots__ = "name", "tensor", "storage", "address", "version", "view", "sampled"
-
-    def __init__(self, name: str, tensor: Tensor) -> None:
-        self.name = name
-        self.tensor = weakref.ref(tensor)
-        self.storage = StorageWeakRef(tensor.untyped_storage())
-        self.address = tensor.data_ptr()
-        self.version = tensor._version
-        self.view = _view_of(tensor)
-        self.sampled = [(at, size, string_at(at, size)) for at, size in _places_in(tensor)]
-
-    def is_still(self, name: str, tensor: Tensor) -> bool:
-        """Whether the tensor of this name is that one, unchanged."""
-        return (
-            tensor is self.tensor()
-            and name == self.name
-            and tensor.data_ptr() == self.address
-            and tensor._version == self.version
-            and _view_of(tensor) == self.view
-            and tensor.untyped_storage()._cdata == self.storage.cdata
-            and all(string_at(at, size) == found for at, size, found in self.sampled)
-        )
-
-
-def _view_of(tensor: Tensor) -> tuple[object, ...]:
-    """How a tensor reads its memory."""
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
-
-
-def _places_in(tensor: Tensor) -> list[tuple[int, int]]:
-    """Addresses and sizes of two places in a tensor's memory, as far as it is the CPU's."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() == 0:
-        return []
-    whole = tensor.numel() * tensor.element_size()
-    size = min(whole, _SAMPLED)
-    return [(tensor.data_ptr() + at, size) for at in (0, (whole - size) // 2)]
 
 
 class Guard:
@@ -155,33 +101,6 @@ class Guard:
                 yield
             finally:
                 self._is_taken = False
-
-
-class Watch:
-    """A module's tensors as they were when it was last looked at."""
-
-    def __init__(self) -> None:
-        self._seen: list[_Seen] = []
-
-    def unchanged(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these, by name, are the same objects with the same contents."""
-        return len(tensors) == len(self._seen) and all(
-            seen.is_still(name, tensor)
-            for (name, tensor), seen in zip(tensors.items(), self._seen)
-        )
-
-    def note(self, tensors: Mapping[str, Tensor]) -> None:
-        """These are as they should be."""
-        self._seen = [_Seen(name, tensor) for name, tensor in tensors.items()]
-
-    def forget(self) -> None:
-        """Until `note`, whatever comes is a change."""
-        self._seen = []
-
-    def after_step_of(self, parameters: Container[int]) -> None:
-        """An optimizer has changed these, by identity; fused ones do so without counting it."""
-        if any(id(seen.tensor()) in parameters for seen in self._seen):
-            self.forget()
 
 
 class ModelState:

@@ -14,7 +14,7 @@ import torch
 from max.driver import Buffer
 from torch import Tensor
 
-from .. import on_one_thread
+from .. import tensor_numbers
 from ..graphs.specification import CROSS_KV, DECODER, ENCODER, PANEL, Parameter
 from . import memory
 from .engine import Engine
@@ -35,7 +35,7 @@ def exact_in_float16(tensors: Iterable[Tensor]) -> bool:
     flat = (tensor.detach().cpu().float().flatten() for tensor in tensors)
     parts = (part for tensor in flat for part in tensor.split(_AT_ONCE))
     plain = (part.resolve_neg().contiguous() for part in parts)
-    return all(_exact_in_float16(on_one_thread.array_of(part)) for part in plain)
+    return all(_exact_in_float16(tensor_numbers.array_of(part)) for part in plain)
 
 
 def _exact_in_float16(numbers: np.ndarray) -> bool:

@@ -18,7 +18,7 @@ from max.dtype import DType
 from max.engine import CompiledModel, InferenceSession
 from torch import Tensor
 
-from ... import on_one_thread, report
+from ... import report, tensor_numbers
 from ...conditions import UnsupportedByMax
 from ...graphs.gpu.specification import TextSizes
 from ...graphs.specification import HEAD_DIM
@@ -126,7 +126,7 @@ class Workspace:
         """
         if self._held is None or self._held[0]() is not weights:
             return False
-        return on_one_thread.equal(self._held[1], features)
+        return tensor_numbers.equal(self._held[1], features)
 
     def fill(self, weights: Weights, features: Tensor) -> None:
         """Makes the keys and values of cross attention, unless they are there."""

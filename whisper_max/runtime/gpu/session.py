@@ -14,7 +14,7 @@ from ...conditions import UnsupportedByMax
 from ...rule import Rule
 from ...settings import Settings
 from ..decoder_session import distinct
-from ..engine import Ranked, suppression
+from ..decoder_state import Ranked, suppression
 from ..model_state import state_of
 from ..tensors import to_buffer, to_torch
 from .engine import MOST_BEAMS, RANKED, Workspace, to_dtype

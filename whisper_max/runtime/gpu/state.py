@@ -22,7 +22,8 @@ from ...graphs.gpu.specification import AudioSizes, Target, TextSizes
 from ...settings import Settings
 from .. import hardware, loading
 from ..artifact_key import ArtifactKey
-from ..model_state import Guard, Memo, Watch, tensors_of
+from ..model_state import Guard, Memo, tensors_of
+from ..watch import Watch
 from ..tensors import to_buffer, to_torch
 from .engine import RANKED, GpuEngine, Weights, to_dtype
 from .devices import MaxDevice
