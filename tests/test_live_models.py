@@ -112,10 +112,13 @@ def test_decodes_of_accelerated_models_alone_run_on_max(model, calls):
 def test_patching_and_accelerating_leave_each_others_names_alone(model):
     whisper_max.accelerate(model)
     with whisper_max.patched(targets=("encoder", "inference")):
-        assert ours_stand() == ["encoder", "inference", "decoding_loop", "alignment"]
-        assert whisper_max.is_patched("inference") and not whisper_max.is_patched("alignment")
-        whisper_max.restore(model)
         assert ours_stand() == ["encoder", "inference"]
+    with whisper_max.patched(mode="off"):
+        assert ours_stand() == ["inference", "decoding_loop", "alignment"]
+        assert not whisper_max.is_patched()
+    with whisper_max.patched():
+        whisper_max.restore(model)
+        assert ours_stand() == list(TARGETS)
         whisper_max.accelerate(model)
     assert ours_stand() == ["inference", "decoding_loop", "alignment"]
     whisper_max.unpatch()
@@ -145,6 +148,7 @@ def test_settings_are_those_of_the_environment_at_the_first_model(model, monkeyp
     assert settings.active() is fixed
     with whisper_max.patched(precision="medium"):
         assert settings.active().precision == "medium"
+    assert settings.active() is fixed
     whisper_max.restore(model)
     gc.collect()
     assert settings.active().precision == "int8"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
 import torch
@@ -149,7 +149,9 @@ class HookCalls:
 
 def _as_a_whole(logits: Tensor) -> Tensor:
     """The same memory, but no view of a tensor: upstream's is none, and can be changed in place."""
-    return torch.from_dlpack(logits)
+    # PyTorch hands out no memory of any other GPU than the current one.
+    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        return torch.from_dlpack(logits)
 
 
 def _versions(inputs: tuple[Tensor, ...], output: Output) -> list[int]:

@@ -31,6 +31,7 @@ _OF_DECODES = ("inference", "decoding_loop", "alignment")
 
 _lock = threading.RLock()
 _in_force: PatchReport | None = None  # of the last patch(); None: unpatched
+_of_models: Settings | None = None  # of accelerated models, where nothing is patched
 _applied: dict[Row, object] = {}  # what we put in place of upstream's, row by row
 
 
@@ -142,9 +143,9 @@ def accelerate(model: Model) -> Model:
     """Run a loaded model on MAX from the next call on: its encoder, its decoder, its decodes.
 
     Works with and without patch(), and again does nothing. Without it the decoding loop and the
-    alignment of words are replaced in openai-whisper, too, but for such models only. A module is
-    taken only if its class is exactly upstream's: subclasses and forks stay on PyTorch. What is
-    refused is in the log, with the reason.
+    alignment of words are replaced in openai-whisper, too, but for such models only, on the CPU,
+    with the settings of the environment. A module is taken only if its class is exactly upstream's:
+    subclasses and forks stay on PyTorch. What is refused is in the log, with the reason.
 
     model : whisper.model.Whisper; it is changed in place and returned
 
@@ -157,7 +158,7 @@ def accelerate(model: Model) -> Model:
             _fix_settings()  # anew: models from before are gone
         refused = live_models.reasons_against(model)
         if settings.active().mode != "off":
-            refused.update(_applicable(_OF_DECODES)[1])
+            refused.update(_applicable(_targets_of_decodes(settings.active()))[1])
         lines = refusal_lines(refused)
         if refused and settings.active().mode == "strict":
             raise UnsupportedByMax("; ".join(lines))
@@ -199,7 +200,7 @@ def _switch(wanted: Settings | None) -> PatchReport | None:
     rows, refused = _rows_for(wanted)
     if refused and wanted.mode == "strict":
         raise UnsupportedByMax("; ".join(refusal_lines(refused)))
-    left = _install(rows)
+    left = _install(rows, wanted)
 
     patched = tuple(target for target in TARGETS if any(row.target == target for row in rows))
     activation.set_active_targets(frozenset(patched))
@@ -221,8 +222,13 @@ def _switch(wanted: Settings | None) -> PatchReport | None:
 
 def _fix_settings() -> None:
     """Without patch(), those of the environment hold from the first accelerated model on."""
+    global _of_models
+    if not activation.accelerated:
+        _of_models = None
+    elif _in_force is None and _of_models is None:
+        _of_models = Settings.from_environment()
     if _in_force is None:
-        settings.activate(settings.active() if activation.accelerated else None)
+        settings.activate(_of_models)
 
 
 def _warn(messages: list[str]) -> None:
@@ -244,7 +250,8 @@ def _rows_for(wanted: Settings | None) -> tuple[list[Row], dict[str, tuple[str, 
 def _update_rows() -> None:
     """Other models are accelerated now."""
     _fix_settings()
-    _warn(_install([row for row in _applied if activation.is_active(row.target)]))
+    rows = [row for row in _applied if activation.is_active(row.target)]
+    _warn(_install(rows, settings.active()))
 
 
 def _applicable(targets: Iterable[str]) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
@@ -260,14 +267,21 @@ def _applicable(targets: Iterable[str]) -> tuple[list[Row], dict[str, tuple[str,
     return rows, refused
 
 
-def _install(rows: list[Row]) -> list[str]:
+def _targets_of_decodes(wanted: Settings | None) -> list[str]:
+    """What accelerated models decode with, as far as the settings have it."""
+    targets = TARGETS if wanted is None or wanted.targets is None else wanted.targets
+    return [target for target in _OF_DECODES if target in targets]
+
+
+def _install(rows: list[Row], wanted: Settings | None) -> list[str]:
     """Have these rows applied, and what accelerated models decode with; no others.
 
     Returns a message for each place that somebody else has changed, and that is left as it is.
     """
     if activation.accelerated:
-        applicable, _ = _applicable(_OF_DECODES)
-        applied = [row for row in _applied if row.target in _OF_DECODES]
+        targets = _targets_of_decodes(wanted)
+        applicable, _ = _applicable(targets)
+        applied = [row for row in _applied if row.target in targets]
         rows = list(dict.fromkeys([*rows, *applicable, *applied]))
     _apply([row for row in rows if row not in _applied])
     return _undo([row for row in _applied if row not in rows])

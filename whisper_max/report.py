@@ -220,7 +220,9 @@ def is_of_max(error: Exception) -> bool:
 
 def tells_of_memory(error: Exception) -> bool:
     """Whether memory has run out: MAX says so of a GPU's in a RuntimeError's message."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower().replace("_", " ")
+    text = str(error).lower().replace("_", " ")
+    told = "out of memory" in text or "allocate memory" in text
+    return told or isinstance(error, MemoryError)
 
 
 def set_patched(target: str, patched: bool, refusals: Sequence[str] = ()) -> None:

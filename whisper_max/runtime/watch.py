@@ -29,7 +29,8 @@ class _Seen:
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name = name
         self.tensor = weakref.ref(tensor)
-        self.storage = StorageWeakRef(tensor.untyped_storage())
+        storage = tensor.untyped_storage()  # stays while its bytes are looked at
+        self.storage = StorageWeakRef(storage)
         self.address = tensor.data_ptr()
         self.version = tensor._version
         self.view = _view_of(tensor)
@@ -37,13 +38,14 @@ class _Seen:
 
     def is_still(self, name: str, tensor: Tensor) -> bool:
         """Whether the tensor of this name is that one, unchanged."""
+        if tensor is not self.tensor() or name != self.name:
+            return False
+        storage = tensor.untyped_storage()  # another thread may exchange it: this one stays
         return (
-            tensor is self.tensor()
-            and name == self.name
+            storage._cdata == self.storage.cdata
             and tensor.data_ptr() == self.address
             and tensor._version == self.version
             and _view_of(tensor) == self.view
-            and tensor.untyped_storage()._cdata == self.storage.cdata
             and all(string_at(at, size) == found for at, size, found in self.sampled)
         )
 

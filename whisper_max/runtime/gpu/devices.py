@@ -6,7 +6,6 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from max.driver import Accelerator, Device
@@ -108,7 +107,13 @@ class CudaDevice(MaxDevice):
             current.wait_stream(self._stream)
 
 
-@lru_cache(maxsize=None)
+_devices: dict[torch.device, CudaDevice] = {}
+_devices_guard = threading.RLock()
+
+
 def cuda_device(device: torch.device) -> CudaDevice:
-    """That of a model on an NVIDIA GPU; `CudaDevice` has what is raised."""
-    return CudaDevice(device)
+    """That of a model on an NVIDIA GPU, one for all threads; `CudaDevice` has what is raised."""
+    with _devices_guard:
+        if device not in _devices:
+            _devices[device] = CudaDevice(device)
+        return _devices[device]

@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -34,6 +34,9 @@ RANKED = 6
 MOST_BEAMS = 8
 """As in gpu_kernels/cache.mojo."""
 
+_MOST_FAILED_CAPTURES = 3
+"""Of a step; another thread's work, or a moment's lack of memory, may be why one fails."""
+
 _IDLE_WORKSPACES = 2
 """How many are kept for the next decode: one for a greedy decode and one for beams."""
 
@@ -43,16 +46,26 @@ _capture_keys = itertools.count()
 class GpuEngine:
     """Loaded graphs, without weights.
 
-    uncapturable : names of the steps that could not be captured; they run as they are
+    failed_captures : of each step, by name; after some it runs as it is
+    abandoned : steps captured for workspaces that are gone, with their keys
     """
 
     def __init__(self, compiled: CompiledModel, max_device: MaxDevice) -> None:
         self.max_device = max_device
-        with without_signal_handler():
-            session = InferenceSession(devices=[max_device.device])
-        self.graphs = session.init_all(compiled, weights_registry={})
+        with max_device.lock:
+            with without_signal_handler():
+                session = InferenceSession(devices=[max_device.device])
+            self.graphs = session.init_all(compiled, weights_registry={})
         self.workspaces = WorkspacePool()
-        self.uncapturable: set[str] = set()
+        self.failed_captures: Counter[str] = Counter()
+        self.abandoned: deque[tuple[str, int]] = deque()
+
+    def release_abandoned(self) -> None:
+        """Frees what was captured for workspaces that are gone. Where no other thread captures."""
+        with suppress(IndexError):
+            while True:
+                graph, key = self.abandoned.popleft()
+                self.graphs[graph].release_captured_graph(key)
 
     def execute(self, graph: str, *operands: Buffer) -> list[Buffer]:
         """Runs one graph, in order with PyTorch's current stream.
@@ -99,6 +112,7 @@ class Workspace:
         self._held: tuple[weakref.ref[Weights], Tensor] | None = None
         self._captured: _Captured | None = None
         self._capture_key = next(_capture_keys)
+        self._uncaptured: set[str] = set()  # steps of which that failed
         device = engine.max_device.device
         heads, layers = sizes.n_text_head, sizes.n_text_layer
         with engine.failing("making a decode's workspace"), engine.max_device.in_order():
@@ -117,7 +131,9 @@ class Workspace:
             self._rules = _Operand(np.int32, (*self.shape, 5), device)
 
     def __del__(self) -> None:
-        self._release()
+        # The garbage collector may be anywhere, in a thread that must not wait for another one.
+        if self._captured is not None:
+            self._engine.abandoned.append((self._captured.graph, self._capture_key))
 
     def is_for(self, weights: Weights, features: Tensor) -> bool:
         """Whether the keys and values of cross attention are those of these weights and features.
@@ -165,6 +181,7 @@ class Workspace:
         self._rules.set(rules)
         # All the rest: what fails on the device may be told at whatever waits for it next.
         with self._engine.failing("a step"), self._engine.max_device.lock:
+            self._engine.release_abandoned()
             return self._step(parents, weights, graph)
 
     def _step(
@@ -176,12 +193,19 @@ class Workspace:
         operands = [operand.buffer for operand in small]
         operands += [*self.cache, *self.cross, *weights["decoder"]]
         # A recorded step reads the weights that it was recorded with, whatever it is given.
-        captures = self._engine.max_device.captures and graph not in self._engine.uncapturable
-        if captures and not self._has_captured(graph, weights):
+        if self._may_capture(graph) and not self._has_captured(graph, weights):
             self._capture(graph, operands, weights)
         self._parents.write(parents)
         logprobs, best = self._replay(graph, operands)
         return logprobs.to_numpy(), best.to_numpy()
+
+    def _may_capture(self, graph: str) -> bool:
+        failed = self._engine.failed_captures[graph]
+        return (
+            self._engine.max_device.captures
+            and graph not in self._uncaptured
+            and failed < _MOST_FAILED_CAPTURES
+        )
 
     def _has_captured(self, graph: str, weights: Weights) -> bool:
         captured = self._captured
@@ -206,7 +230,8 @@ class Workspace:
             # MAX instantiates it on threads of its own, and would tell of failures at a replay.
             model._await_device_graphs()
         except (RuntimeError, ValueError) as error:
-            self._engine.uncapturable.add(graph)
+            self._uncaptured.add(graph)
+            self._engine.failed_captures[graph] += 1
             self._release()
             logger.warning("a decoding step could not be captured, and runs as it is: %s", error)
 
@@ -221,8 +246,7 @@ class Workspace:
         if self._captured is not None:
             model = self._engine.graphs[self._captured.graph]
             self._captured = None  # the results first: they are in the captured graph's memory
-            with self._engine.max_device.lock:
-                model.release_captured_graph(self._capture_key)
+            model.release_captured_graph(self._capture_key)
 
 
 class _Captured(NamedTuple):
