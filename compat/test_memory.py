@@ -17,9 +17,10 @@ from whisper import decoding
 
 import whisper_max
 from harness import on_max, with_fallback
+from recordings import samples
 from strategies import numbers, seeds, small, token_rows
 from whisper_max.dispatch import out_of_memory_is_unsupported
-from whisper_max.runtime import decoder_session, model_state, weights
+from whisper_max.runtime import decoder_session, loading, model_state, weights
 
 MEL, FEATURES = numbers((1, 80, 120), 1), numbers((1, 60, 128), 2)
 TOKENS = token_rows((2, 5), 100, 3)
@@ -142,6 +143,25 @@ def test_weights_are_looked_at_once(model, monkeypatch):
         call(model, "encoder")
         assert len(looks) == 2
         assert whisper_max.status().targets["encoder"].max_calls == 1
+
+
+def test_weights_are_looked_at_once_while_pytorch_decodes(checkpoint, tmp_path, monkeypatch):
+    """As until the graphs are compiled. A decode's caches are hooks, and no sign of a change."""
+    monkeypatch.setenv("WHISPER_MAX_CACHE_DIR", str(tmp_path / "nothing"))
+    monkeypatch.setattr(loading, "_engines", {})
+    looks = []
+    look = model_state.ModelState._look_at
+    monkeypatch.setattr(
+        model_state.ModelState,
+        "_look_at",
+        lambda self, *details: looks.append(self.kind) or look(self, *details),
+    )
+    with whisper_max.patched(compile="cached"):
+        for name in ("en01", "es01"):
+            checkpoint.transcribe(samples(name), fp16=False)
+        served = whisper_max.status().targets["decoding_loop"]
+    assert served.torch_calls >= 2 and not served.max_calls
+    assert sorted(looks) == ["decoder", "encoder"]
 
 
 @pytest.mark.parametrize("value", [7e4, -1e30])

@@ -104,6 +104,8 @@ _FUNCTIONS = ("linear", "conv1d", "gelu", "layer_norm", "softmax", "embedding")
 """Of torch.nn.functional, which those methods call."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OTHER_HOOKS = (*HOOKS[1:], "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+HAS_HOOKS = " has hooks"
+"""The end of a reason that tells of hooks, and of nothing else."""
 _LISTENERS = ("stable_whisper", "whisper_timestamped")
 
 
@@ -293,7 +295,7 @@ def _change(
         return f"{name} was replaced by {where}"
     own = vars(child)
     if any(map(own.get, HOOKS)) and not (part.heard and only_listens(child)):
-        return f"{name} has hooks"
+        return f"{name}{HAS_HOOKS}"
     if (shadowed := _shadowed(child)) is not None:
         return f"{name}.{shadowed} was replaced"
     replaced = (method for method in _METHODS_OF_ONE if own.get(method) is not None)

@@ -13,6 +13,7 @@ import torch.utils._device  # noqa: F401
 from torch import nn
 
 from . import activation
+from .changed_parts import HAS_HOOKS
 from .conditions import wants_gradients
 from .pickling import New
 
@@ -92,14 +93,15 @@ def note_pytorch(module: nn.Module, changes: Callable[[nn.Module], list[str]]) -
     """PyTorch computes with this module, and weights may change afterwards without its count.
 
     In training, as by `.data`; or while parts are replaced, as by an adapter that is merged
-    later. What MAX keeps is dropped then.
+    later. What MAX keeps is dropped then. Hooks are no such sign: upstream's caches are made of
+    them, in each decode on PyTorch.
 
     changes : finds those in a module's parts
     """
     model_state = activation.model_state()
     if model_state is None or not model_state.is_kept(module):
         return
-    if wants_gradients(module) or changes(module):
+    if wants_gradients(module) or not all(one.endswith(HAS_HOOKS) for one in changes(module)):
         model_state.drop(module)
 
 
