@@ -104,19 +104,23 @@ _FUNCTIONS = ("linear", "conv1d", "gelu", "layer_norm", "softmax", "embedding")
 """Of torch.nn.functional, which those methods call."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OTHER_HOOKS = (*HOOKS[1:], "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-HAS_HOOKS = " has hooks"
-"""The end of a reason that tells of hooks, and of nothing else."""
 _LISTENERS = ("stable_whisper", "whisper_timestamped")
 
 
-def encoder_changes(encoder: nn.Module) -> list[str]:
-    """How an AudioEncoder differs from upstream's."""
-    return list(_changes(encoder, decoder=False))
+def encoder_changes(encoder: nn.Module, *, hooks: bool = True) -> list[str]:
+    """How an AudioEncoder differs from upstream's.
+
+    hooks : whether those inside are a difference
+    """
+    return list(_changes(encoder, decoder=False, hooks=hooks))
 
 
-def decoder_changes(decoder: nn.Module) -> list[str]:
-    """How a TextDecoder differs from upstream's, but for the values of its mask."""
-    changes = list(_changes(decoder, decoder=True))
+def decoder_changes(decoder: nn.Module, *, hooks: bool = True) -> list[str]:
+    """How a TextDecoder differs from upstream's, but for the values of its mask.
+
+    hooks : as for `encoder_changes`
+    """
+    changes = list(_changes(decoder, decoder=True, hooks=hooks))
     if decoder._buffers.get("mask") is None:
         changes.append("mask is missing")
     return changes
@@ -223,7 +227,7 @@ class _Classes:
         return self._replaced[base]
 
 
-def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
+def _changes(module: nn.Module, *, decoder: bool, hooks: bool) -> Iterator[str]:
     # Our own class, whose forward stands in for that of upstream's.
     classes = _Classes()
     _, changed = classes.look_at(type(module))
@@ -255,7 +259,7 @@ def _changes(module: nn.Module, *, decoder: bool) -> Iterator[str]:
         elif name not in expected:
             change = f"{name} is no part of upstream's"
         else:
-            change = _change(name, found[name], expected[name], heads, classes)
+            change = _change(name, found[name], expected[name], heads, classes, hooks)
         if change is not None:
             yield change
             told += (f"{name}.",)
@@ -287,15 +291,15 @@ def head_reasons(heads: int, n_state: int) -> list[str]:
 
 
 def _change(
-    name: str, child: nn.Module, part: Part, heads: int | None, classes: _Classes
+    name: str, child: nn.Module, part: Part, heads: int | None, classes: _Classes, hooks: bool
 ) -> str | None:
     """How a part is not what upstream has in this place, if so."""
     where, changed = classes.look_at(type(child))
     if where != part.cls:
         return f"{name} was replaced by {where}"
     own = vars(child)
-    if any(map(own.get, HOOKS)) and not (part.heard and only_listens(child)):
-        return f"{name}{HAS_HOOKS}"
+    if hooks and any(map(own.get, HOOKS)) and not (part.heard and only_listens(child)):
+        return f"{name} has hooks"
     if (shadowed := _shadowed(child)) is not None:
         return f"{name}.{shadowed} was replaced"
     replaced = (method for method in _METHODS_OF_ONE if own.get(method) is not None)

@@ -13,7 +13,6 @@ import torch.utils._device  # noqa: F401
 from torch import nn
 
 from . import activation
-from .changed_parts import HAS_HOOKS
 from .conditions import wants_gradients
 from .pickling import New
 
@@ -89,7 +88,7 @@ class SwappedModule(nn.Module, metaclass=_NamedAsUpstream):
 # Not methods: another thread's unpatch() may take our class from a module in the middle of a call.
 
 
-def note_pytorch(module: nn.Module, changes: Callable[[nn.Module], list[str]]) -> None:
+def note_pytorch(module: nn.Module, changes: Callable[..., list[str]]) -> None:
     """PyTorch computes with this module, and weights may change afterwards without its count.
 
     In training, as by `.data`; or while parts are replaced, as by an adapter that is merged
@@ -101,7 +100,7 @@ def note_pytorch(module: nn.Module, changes: Callable[[nn.Module], list[str]]) -
     model_state = activation.model_state()
     if model_state is None or not model_state.is_kept(module):
         return
-    if wants_gradients(module) or not all(one.endswith(HAS_HOOKS) for one in changes(module)):
+    if wants_gradients(module) or changes(module, hooks=False):
         model_state.drop(module)
 
 

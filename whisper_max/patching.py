@@ -1,7 +1,8 @@
 """patch() and unpatch(): apply the patch table, undo it, roll it back; and the same for one model.
 
 What is patched follows from two values, the settings in force (None: unpatched) and the models
-that are accelerated. `_switch` goes from one to another, so the functions are a few lines each.
+that are accelerated: `_switch` changes the first, `_update_rows` follows the second. So the public
+functions are a few lines each.
 """
 
 from __future__ import annotations
@@ -220,6 +221,13 @@ def _switch(wanted: Settings | None) -> PatchReport | None:
     return _in_force
 
 
+def _update_rows() -> None:
+    """Other models are accelerated now."""
+    _fix_settings()
+    rows = [row for row in _applied if activation.is_active(row.target)]
+    _warn(_install(rows, settings.active()))
+
+
 def _fix_settings() -> None:
     """Without patch(), those of the environment hold from the first accelerated model on."""
     global _of_models
@@ -245,13 +253,6 @@ def _rows_for(wanted: Settings | None) -> tuple[list[Row], dict[str, tuple[str, 
     if wanted.mode == "off":
         return [], {target: ("mode is 'off'",) for target in targets}
     return _applicable(targets)
-
-
-def _update_rows() -> None:
-    """Other models are accelerated now."""
-    _fix_settings()
-    rows = [row for row in _applied if activation.is_active(row.target)]
-    _warn(_install(rows, settings.active()))
 
 
 def _applicable(targets: Iterable[str]) -> tuple[list[Row], dict[str, tuple[str, ...]]]:

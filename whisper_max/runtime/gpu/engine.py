@@ -132,8 +132,7 @@ class Workspace:
 
     def __del__(self) -> None:
         # The garbage collector may be anywhere, in a thread that must not wait for another one.
-        if self._captured is not None:
-            self._engine.abandoned.append((self._captured.graph, self._capture_key))
+        self._abandon()
 
     def is_for(self, weights: Weights, features: Tensor) -> bool:
         """Whether the keys and values of cross attention are those of these weights and features.
@@ -243,10 +242,13 @@ class Workspace:
         return self._captured.results
 
     def _release(self) -> None:
+        self._abandon()
+        self._engine.release_abandoned()
+
+    def _abandon(self) -> None:
         if self._captured is not None:
-            model = self._engine.graphs[self._captured.graph]
-            self._captured = None  # the results first: they are in the captured graph's memory
-            model.release_captured_graph(self._capture_key)
+            self._engine.abandoned.append((self._captured.graph, self._capture_key))
+            self._captured = None  # with the results, which are in the captured graph's memory
 
 
 class _Captured(NamedTuple):

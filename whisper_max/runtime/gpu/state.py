@@ -23,8 +23,8 @@ from ...settings import Settings
 from .. import hardware, loading
 from ..artifact_key import ArtifactKey
 from ..model_state import Guard, Memo, tensors_of
-from ..watch import Watch
 from ..tensors import to_buffer, to_torch
+from ..watch import Watch
 from .engine import RANKED, GpuEngine, Weights, to_dtype
 from .devices import MaxDevice
 
