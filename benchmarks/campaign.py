@@ -35,6 +35,7 @@ SCALING_ROUNDS = 5
 
 START_ROUNDS = 5
 OVERHEAD_ROUNDS = 10
+FIRST_RUN_ROUNDS = 4
 FIRST_RUN_TRANSCRIPTIONS = 60
 QUICK_TRANSCRIPTIONS = 5
 QUICK_RECORDINGS = ["en01", "silence01"]
@@ -192,8 +193,11 @@ def _scaling(
 
 def _measure_first_run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
     count = QUICK_TRANSCRIPTIONS if plan.quick else FIRST_RUN_TRANSCRIPTIONS
+    rounds = 1 if plan.quick else FIRST_RUN_ROUNDS
     try:
-        results.first_run = measure_first_run(TRAINED, results.threads, plan.work, count, say)
+        results.first_run = measure_first_run(
+            TRAINED, results.threads, plan.work, count, rounds, say
+        )
     except PeerFailed as failed:
         say(f"first run: {failed}")
 

@@ -15,43 +15,50 @@ from .places import ROOT
 from .results import FirstRun
 from .worker_process import PeerFailed, environment
 
-AFTER_CHANGE = 20.0  # seconds that the script goes on for
+AFTER_CHANGE = 20.0  # seconds that the last patched script goes on for
 
 
 def measure_first_run(
-    model: str, threads: int, work: Path, count: int, say: Callable[[str], None]
+    model: str, threads: int, work: Path, count: int, rounds: int, say: Callable[[str], None]
 ) -> FirstRun:
-    """Runs `first_run_script` plain and then patched, with an empty cache of compiled graphs.
+    """Runs `first_run_script` plain and patched in turns, each with no compiled graphs yet.
 
-    count : transcriptions in the plain run, at least one of each recording; the patched run goes
-        on until after the change to MAX
+    count : transcriptions in a run, at least one of each recording; the last patched run goes on
+        until after the change to MAX
 
     Raises PeerFailed when a script fails.
     """
-    say(f"a script of {count} transcriptions, {model}, plain")
-    plain = _run(model, threads, work, count, {})
-    with tempfile.TemporaryDirectory() as cache:
-        say(f"a script of {count} transcriptions, {model}, patched, nothing compiled yet")
-        patched = _run(model, threads, work, count, {"WHISPER_MAX_CACHE_DIR": cache})
-    on_max = [line["on_max"] for line in patched]
+    turns = []
+    for remaining in reversed(range(rounds)):
+        say(f"a script of {count} transcriptions, {model}, plain")
+        plain = _run(model, threads, work, count, 0.0, {})
+        with tempfile.TemporaryDirectory() as cache:
+            say(f"a script of {count} transcriptions, {model}, patched, nothing compiled yet")
+            after = 0.0 if remaining else AFTER_CHANGE
+            patched = _run(model, threads, work, count, after, {"WHISPER_MAX_CACHE_DIR": cache})
+        turns.append((plain, patched))
     # The script repeats its recordings, so later texts are known as well.
-    texts = {place % len(FIRST_RUN): line["text"] for place, line in enumerate(plain)}
+    texts = {place % len(FIRST_RUN): line["text"] for place, line in enumerate(turns[0][0])}
+    on_max = [line["on_max"] for line in patched]
     return FirstRun(
         model=model,
-        plain=[line["time"] for line in plain],
-        patched=[line["time"] for line in patched],
+        plain=[[line["time"] for line in plain] for plain, _ in turns],
+        patched=[[line["time"] for line in patched] for _, patched in turns],
         changed=on_max.index(True) if True in on_max else -1,
         identical=all(
-            line["text"] == texts[place % len(FIRST_RUN)] for place, line in enumerate(patched)
+            line["text"] == texts[place % len(FIRST_RUN)]
+            for turn in turns
+            for lines in turn
+            for place, line in enumerate(lines)
         ),
     )
 
 
 def _run(
-    model: str, threads: int, work: Path, count: int, patched: dict[str, str]
+    model: str, threads: int, work: Path, count: int, after: float, patched: dict[str, str]
 ) -> list[dict[str, object]]:
     command = [sys.executable, "-m", "benchmarks.first_run_script", str(work), model]
-    numbers = map(str, (threads, time.time(), count, AFTER_CHANGE))
+    numbers = map(str, (threads, time.time(), count, after))
     script = subprocess.run(
         [*command, *numbers, *(["patch"] if patched else [])],
         cwd=ROOT,

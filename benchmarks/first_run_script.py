@@ -2,9 +2,9 @@
 
     python -m benchmarks.first_run_script WORK MODEL THREADS STARTED COUNT SECONDS [patch]
 
-Transcribes COUNT recordings, and, patched, goes on until SECONDS after the change to MAX. Prints
-one line of JSON for each: the time since STARTED, which is in seconds since the epoch, the text,
-and whether all of it ran on MAX.
+Transcribes COUNT recordings, and, where SECONDS are not 0, goes on until so long after the change
+to MAX. Then it lets the compile end. Prints one line of JSON for each: the time since STARTED,
+which is in seconds since the epoch, the text, and whether all of it ran on MAX.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ def main(
         if on_max and changed is None:
             changed = now
         print(json.dumps({"time": round(now, 4), "text": text, "on_max": on_max}), flush=True)
-        late = changed is not None and now > changed + float(seconds)
-        if place + 1 >= int(count) and (not patch or late or now > LONGEST_SECONDS):
-            return
+        enough = not float(seconds) or (changed is not None and now > changed + float(seconds))
+        if place + 1 >= int(count) and (enough or now > LONGEST_SECONDS):
+            break
+    if patch:
+        whisper_max.compile()
 
 
 def _on_max() -> bool:

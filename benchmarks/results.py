@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-FORMAT = 1
+FORMAT = 2
 
 NOT_OFFERED = "not offered"
 """How the reason of a peer begins that has no such operation; others begin with "failed"."""
@@ -96,17 +96,17 @@ class Accuracy:
 class FirstRun:
     """A script that transcribes one recording after the other, plain and with patch() added.
 
-    plain, patched : when each transcription was done, in seconds since the process was started;
-        `patched` goes on until some time after the change to MAX
-    changed : the first transcription, by its place in `patched`, that ran on MAX altogether; -1
-        if there was none
+    plain, patched : of each run, in turns: when each transcription was done, in seconds since the
+        process was started; the last of `patched` goes on until some time after the change to MAX
+    changed : the first transcription, by its place in that one, that ran on MAX altogether; -1 if
+        there was none
     identical : whether all texts were the same
     sources : of whisper_max, where they are not those of the other results
     """
 
     model: str
-    plain: list[float]
-    patched: list[float]
+    plain: list[list[float]]
+    patched: list[list[float]]
     changed: int
     identical: bool
     sources: str = ""

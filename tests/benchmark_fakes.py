@@ -70,7 +70,9 @@ def made_up_results() -> Results:
         Accuracy("whisper_max-high", 1, 0.125, 3, 3, words=16),
         Accuracy("transformers", 5, missing="failed: it ended"),
     ]
-    results.first_run = FirstRun("micro", [1.0, 2.0], [1.5, 2.4, 3.0, 3.2], 3, True)
+    results.first_run = FirstRun(
+        "micro", [[1.0, 2.0], [1.0, 2.0]], [[1.4, 2.2], [1.5, 2.6, 3.0, 3.2]], 3, True
+    )
     return results
 
 

@@ -33,7 +33,7 @@ def test_results_of_another_format_are_refused(results, tmp_path):
     save(results, path)
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "format": 0}))
-    with pytest.raises(ValueError, match="machine.json has the format 0, expected 1"):
+    with pytest.raises(ValueError, match="machine.json has the format 0, expected 2"):
         load(path)
 
 
@@ -85,7 +85,7 @@ def test_page_has_what_is_absent_failed_and_different(results):
     assert "| transformers | failed | – |" in text
     assert "| whisper_max high | 500 ms | 500 ms to 500 ms | 2.00× |" in text
     assert "| 0.0167 | 200 | differ |" in text
-    assert "1.20 times as long" in text
+    assert "1.20 times as long (1.15 to 1.25)" in text
     assert "3.20 s after the start" in text
     assert "| whisper_max high, tiny | 2.50 s | 800 ms | 300 ms | 350 | 500 | 1.25× |" in text
     assert "| encoder, 30 s window, tiny: openai-whisper | 400 ms | 200 ms | 2.00× |" in text

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from ..peers import BASELINE, PEER
 from ..results import Accuracy, FirstRun, Results, Start
-from ..samples import summarize
+from ..samples import speed_up, summarize
 from ..scenarios import SCENARIO
 from .markdown import NONE, duration, percent, significant, table, times
 
@@ -107,18 +109,22 @@ def scaling_table(results: Results) -> list[str]:
 
 def first_run_lines(first_run: FirstRun) -> list[str]:
     """What the first run cost, in a sentence or two."""
-    count = len(first_run.plain)
-    ratio = first_run.patched[count - 1] / first_run.plain[-1]
+    count = len(first_run.plain[0])
+    plain = [times[-1] for times in first_run.plain]
+    patched = [times[count - 1] for times in first_run.patched]
+    ratio = speed_up(patched, plain)
+    spread = f" ({ratio.low:.2f} to {ratio.high:.2f})" if len(plain) > 1 else ""
+    further = first_run.patched[-1]
     change = "The change to MAX did not come while the script ran."
     if first_run.changed >= 0:
-        done, moment = first_run.changed + 1, first_run.patched[first_run.changed]
+        done, moment = first_run.changed + 1, further[first_run.changed]
         change = (
             "It was then made to go on without a pause, until MAX took over: at transcription "
             f"{done}, {duration(moment)} after the start."
         )
         if count > 1 and done > 1:
-            plain = (first_run.plain[-1] - first_run.plain[0]) / (count - 1)
-            slower = (moment - first_run.patched[0]) / (done - 1) / plain
+            each = median((times[-1] - times[0]) / (count - 1) for times in first_run.plain)
+            slower = (moment - further[0]) / (done - 1) / each
             change += (
                 f" Until then a further transcription took {slower:.2f} times as long as with "
                 "plain openai-whisper."
@@ -126,12 +132,12 @@ def first_run_lines(first_run: FirstRun) -> list[str]:
     if first_run.sources:
         change += f" This was measured with whisper_max {first_run.sources}."
     texts = "All texts are identical." if first_run.identical else "**Texts differ.**"
+    first = [median(times[0] for times in runs) for runs in (first_run.plain, first_run.patched)]
     return [
-        f"A script of {count} transcriptions ({first_run.model}) takes "
-        f"{duration(first_run.plain[-1])} with plain openai-whisper, and "
-        f"{duration(first_run.patched[count - 1])} at its first patched run, "
-        f"while the graphs are compiled beside it: {ratio:.2f} times as long. The first text is "
-        f"there after {duration(first_run.plain[0])} and {duration(first_run.patched[0])}. "
+        f"A script of {count} transcriptions ({first_run.model}) takes {duration(median(plain))} "
+        f"with plain openai-whisper, and {duration(median(patched))} at its first patched run, "
+        f"while the graphs are compiled beside it: {ratio.median:.2f} times as long{spread}. The "
+        f"first text is there after {duration(first[0])} and {duration(first[1])}. "
         f"{change} {texts}",
         "",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 
@@ -105,10 +106,12 @@ def roofline_figure(results: Results) -> Figure:
 def first_run_figure(first_run: FirstRun) -> Figure:
     """Lines: how fast transcriptions are done, plain and over the first patched run."""
     figure, axes = pyplot.subplots(figsize=(8, 3.5))
-    loaded, *rest = first_run.plain
-    plain = len(rest) / (rest[-1] - loaded) if rest else 0.0
+    plain = median(
+        (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+        for times in first_run.plain
+    )
     axes.axhline(plain, color=OTHERS[0], label="openai-whisper, on average")
-    times = first_run.patched
+    times = first_run.patched[-1]
     # As many as the script has recordings: they are of different lengths.
     window = min(len(FIRST_RUN), len(times) - 1)
     rates = [window / (end - begin) for begin, end in zip(times, times[window:])]
