@@ -10,6 +10,7 @@ from torch import nn
 import whisper_max
 from harness import assert_close, load_checkpoint, on_max, on_pytorch, with_fallback
 from strategies import numbers, small, token_rows
+from whisper_max import report
 from whisper_max.conditions import UnsupportedByMax
 
 pytestmark = pytest.mark.allow_fallback
@@ -226,13 +227,21 @@ def outcome(model, target):
         return type(error)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["later", "before"])
 @pytest.mark.parametrize(("target", "reason"), ALL, ids=str)
-def test_change(model, reason, target):
-    torch.manual_seed(1)
-    CHANGES[reason](getattr(model, target).requires_grad_(False))
-    expected = outcome(model, target)
+def test_change(model, reason, target, known):
+    """Before the first call, or after one that found everything as upstream made it."""
+    part = getattr(model, target).requires_grad_(False)
     with with_fallback():
-        found = outcome(whisper_max.accelerate(model), target)
+        whisper_max.accelerate(model)
+        if known:
+            call(model, target)
+        torch.manual_seed(1)
+        CHANGES[reason](part)
+        with whisper_max.disabled():
+            expected = outcome(model, target)
+        report.reset()
+        found = outcome(model, target)
         counted = whisper_max.status().targets[target]
     if isinstance(expected, torch.Tensor):
         assert torch.equal(found, expected)
@@ -240,6 +249,31 @@ def test_change(model, reason, target):
         assert found is expected
     assert counted.max_calls == 0
     assert any(reason in found for found in counted.reasons), counted.reasons
+
+
+def test_a_call_that_was_not_compiled_before(model):
+    """As `Module.compile` does it, where the name stood there already with nothing behind it."""
+    layer = model.encoder.blocks[0].mlp[0]
+    layer._compiled_call_impl = None
+    with with_fallback():
+        whisper_max.accelerate(model)
+        call(model, "encoder")
+        layer._compiled_call_impl = lambda x: torch.zeros(*x.shape[:-1], 512)
+        call(model, "encoder")
+        counted = whisper_max.status().targets["encoder"]
+    assert counted.max_calls == 1
+    assert any("mlp.0._compiled_call_impl was replaced" in reason for reason in counted.reasons)
+
+
+def test_a_lazy_layer_inside_is_named(model):
+    """Its weight has no shape before the first call."""
+    with with_fallback():
+        whisper_max.accelerate(model)
+        call(model, "encoder")
+        model.encoder.blocks[0].mlp.append(nn.LazyLinear(128))
+        call(model, "encoder")
+        counted = whisper_max.status().targets["encoder"]
+    assert any("blocks.0.mlp.3 is no part" in reason for reason in counted.reasons)
 
 
 @pytest.mark.parametrize("name", ["blocks.1.attn.key", "blocks.0.mlp.0"])

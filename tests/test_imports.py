@@ -38,6 +38,7 @@ LEAVES = {
     "conditions",
     "dimensions_of",
     "dispatch",
+    "known_parts",
     "on_one_thread",
     "options",
     "pickling",

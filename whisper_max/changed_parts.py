@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import chain, combinations
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import TYPE_CHECKING, NamedTuple
+
+from .known_parts import describe, is_known, keep
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +91,13 @@ _SETTINGS = {
     "GELU": {"approximate": "none"},
     "LayerNorm": {"eps": 1e-5, "elementwise_affine": True},
 }
+_SETTINGS_READ = {
+    **{name: tuple(settings) for name, settings in _SETTINGS.items()},
+    "Conv1d": (*_SETTINGS["Conv1d"], "stride"),
+    "LayerNorm": (*_SETTINGS["LayerNorm"], "normalized_shape"),
+    "MultiHeadAttention": ("n_head",),
+}
+"""All settings that `_change` compares, by class."""
 _METHODS = frozenset({"forward", "qkv_attention", "_conv_forward"})
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 """By which `torch.nn.Module` comes to a forward."""
@@ -112,7 +121,7 @@ def encoder_changes(encoder: nn.Module, *, hooks: bool = True) -> list[str]:
 
     hooks : whether those inside are a difference
     """
-    return list(_changes(encoder, decoder=False, hooks=hooks))
+    return _changes(encoder, decoder=False, hooks=hooks)
 
 
 def decoder_changes(decoder: nn.Module, *, hooks: bool = True) -> list[str]:
@@ -120,7 +129,7 @@ def decoder_changes(decoder: nn.Module, *, hooks: bool = True) -> list[str]:
 
     hooks : as for `encoder_changes`
     """
-    changes = list(_changes(decoder, decoder=True, hooks=hooks))
+    changes = _changes(decoder, decoder=True, hooks=hooks)
     if decoder._buffers.get("mask") is None:
         changes.append("mask is missing")
     return changes
@@ -227,7 +236,32 @@ class _Classes:
         return self._replaced[base]
 
 
-def _changes(module: nn.Module, *, decoder: bool, hooks: bool) -> Iterator[str]:
+def _changes(module: nn.Module, *, decoder: bool, hooks: bool) -> list[str]:
+    # Described before it is looked at: what another thread changes meanwhile is another state.
+    names, parts = zip(*named_parts(module))
+    description = describe(names, parts, _SETTINGS_READ)
+    if is_known(module, description) and not _are_other_ways(parts, hooks):
+        return []
+    changes = list(_changes_found(module, decoder=decoder, hooks=hooks))
+    if not changes and description is not None:
+        # What stands for nothing there may be a method later, under the same name.
+        if _METHODS_OF_ONE.isdisjoint(chain.from_iterable(description.attributes)):
+            keep(module, description)
+    return changes
+
+
+def _are_other_ways(parts: Sequence[nn.Module], hooks: bool) -> bool:
+    """Whether parts that are upstream's may come to compute something else."""
+    if next(_changes_around(), None) is not None:
+        return True
+    classes = _Classes()
+    if any(classes.look_at(cls)[1] for cls in set(map(type, parts))):
+        return True
+    owns = list(map(vars, parts[1:]))
+    return hooks and any(any([own.get(kind) for own in owns]) for kind in HOOKS)
+
+
+def _changes_found(module: nn.Module, *, decoder: bool, hooks: bool) -> Iterator[str]:
     # Our own class, whose forward stands in for that of upstream's.
     classes = _Classes()
     _, changed = classes.look_at(type(module))
@@ -235,10 +269,7 @@ def _changes(module: nn.Module, *, decoder: bool, hooks: bool) -> Iterator[str]:
         yield f"its class was given another {changed}"
     if (shadowed := _shadowed(module)) is not None:
         yield f"its {shadowed} was replaced"
-    attention = getattr(sys.modules["whisper.model"], "scaled_dot_product_attention", None)
-    if attention not in (None, sys.modules["torch"]._C._nn.scaled_dot_product_attention):
-        yield "whisper.model.scaled_dot_product_attention was replaced"
-    yield from function_changes("whisper.model", _FUNCTIONS)
+    yield from _changes_around()
     positions = _own_tensor(module, "positional_embedding")
     if positions is None or positions.ndim != 2:
         yield "positional_embedding is not a matrix of its own"
@@ -267,6 +298,14 @@ def _changes(module: nn.Module, *, decoder: bool, hooks: bool) -> Iterator[str]:
         yield from head_reasons(heads, n_state)
     elif count:
         yield "it has no heads"
+
+
+def _changes_around() -> Iterator[str]:
+    """What of the functions that all parts come down to somebody has replaced."""
+    attention = getattr(sys.modules["whisper.model"], "scaled_dot_product_attention", None)
+    if attention not in (None, sys.modules["torch"]._C._nn.scaled_dot_product_attention):
+        yield "whisper.model.scaled_dot_product_attention was replaced"
+    yield from function_changes("whisper.model", _FUNCTIONS)
 
 
 def function_changes(module: str, names: Sequence[str]) -> Iterator[str]:

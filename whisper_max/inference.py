@@ -253,7 +253,8 @@ def _choose(inference: MaxInference, tokens: Tensor, audio_features: Tensor) -> 
         start(inference, tokens, audio_features)
         # Upstream looks at the features once. Their memory may hold the next ones when PyTorch
         # is to go on.
-        decode_of(inference).features = audio_features.clone()
+        with on_one_thread.only_this_thread():  # MAX's are still looking out for work
+            decode_of(inference).features = audio_features.clone()
     except UnsupportedByMax as unsupported:
         if settings.active().mode == "strict":
             raise

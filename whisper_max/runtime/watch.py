@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Container, Mapping
-from ctypes import string_at
+from ctypes import Array, c_char
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -24,7 +24,7 @@ class _Seen:
     it is all of a tensor, so that some of its bytes tell.
     """
 
-    __slots__ = "name", "tensor", "storage", "address", "version", "view", "sampled"
+    __slots__ = "name", "tensor", "storage", "address", "version", "view", "places", "sampled"
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name = name
@@ -34,7 +34,8 @@ class _Seen:
         self.address = tensor.data_ptr()
         self.version = tensor._version
         self.view = _view_of(tensor)
-        self.sampled = [(at, size, string_at(at, size)) for at, size in _places_in(tensor)]
+        self.places = _places_in(tensor)
+        self.sampled = [place.raw for place in self.places]
 
     def is_still(self, name: str, tensor: Tensor) -> bool:
         """Whether the tensor of this name is that one, unchanged."""
@@ -46,7 +47,7 @@ class _Seen:
             and tensor.data_ptr() == self.address
             and tensor._version == self.version
             and _view_of(tensor) == self.view
-            and all(string_at(at, size) == found for at, size, found in self.sampled)
+            and [place.raw for place in self.places] == self.sampled
         )
 
 
@@ -55,13 +56,14 @@ def _view_of(tensor: Tensor) -> tuple[object, ...]:
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
 
 
-def _places_in(tensor: Tensor) -> list[tuple[int, int]]:
-    """Addresses and sizes of two places in a tensor's memory, as far as it is the CPU's."""
+def _places_in(tensor: Tensor) -> list[Array[c_char]]:
+    """Two places in a tensor's memory, as far as it is the CPU's; they do not keep it."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() == 0:
         return []
     whole = tensor.numel() * tensor.element_size()
     size = min(whole, _SAMPLED)
-    return [(tensor.data_ptr() + at, size) for at in (0, (whole - size) // 2)]
+    place = c_char * size
+    return [place.from_address(tensor.data_ptr() + at) for at in (0, (whole - size) // 2)]
 
 
 class Watch:
@@ -73,8 +75,7 @@ class Watch:
     def unchanged(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether these, by name, are the same objects with the same contents."""
         return len(tensors) == len(self._seen) and all(
-            seen.is_still(name, tensor)
-            for (name, tensor), seen in zip(tensors.items(), self._seen)
+            map(_Seen.is_still, self._seen, tensors.keys(), tensors.values())
         )
 
     def note(self, tensors: Mapping[str, Tensor]) -> None:
