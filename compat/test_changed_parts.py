@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import whisper
@@ -10,7 +13,7 @@ from torch import nn
 import whisper_max
 from harness import assert_close, load_checkpoint, on_max, on_pytorch, with_fallback
 from strategies import numbers, small, token_rows
-from whisper_max import report
+from whisper_max import changed_parts, report
 from whisper_max.conditions import UnsupportedByMax
 
 pytestmark = pytest.mark.allow_fallback
@@ -263,6 +266,68 @@ def test_a_call_that_was_not_compiled_before(model):
         counted = whisper_max.status().targets["encoder"]
     assert counted.max_calls == 1
     assert any("mlp.0._compiled_call_impl was replaced" in reason for reason in counted.reasons)
+
+
+def test_a_scripted_layer_inside_is_named(model):
+    """Its parameters stand in what is no dictionary."""
+    with with_fallback():
+        whisper_max.accelerate(model)
+        call(model, "encoder")
+        model.encoder.blocks[0].mlp[1] = torch.jit.script(nn.GELU())
+        call(model, "encoder")
+        counted = whisper_max.status().targets["encoder"]
+    assert any("mlp.1 was replaced by torch.jit" in reason for reason in counted.reasons)
+
+
+def test_a_setting_that_is_changed_in_place(model):
+    """A tensor that equals the number upstream has there, as long as it does."""
+    heads = torch.tensor(2)
+    for block in model.encoder.blocks:
+        block.attn.n_head = heads
+    with with_fallback():
+        whisper_max.accelerate(model)
+        call(model, "encoder")
+        heads.fill_(1)
+        outcome(model, "encoder")
+        counted = whisper_max.status().targets["encoder"]
+    assert counted.max_calls == 1
+    assert any("head_dim is 128" in reason for reason in counted.reasons)
+
+
+def test_what_is_changed_while_it_is_looked_at(model, monkeypatch):
+    """Another thread takes a change back before it is found: it is found when it is made again."""
+    norm, look = model.encoder.blocks[0].attn_ln, changed_parts._changes_found
+
+    def in_the_middle(*args, **kwargs):
+        norm.eps = 1e-5
+        yield from look(*args, **kwargs)
+
+    norm.eps = 1e-2
+    monkeypatch.setattr(changed_parts, "_changes_found", in_the_middle)
+    assert changed_parts.encoder_changes(model.encoder) == []
+    monkeypatch.undo()
+    norm.eps = 1e-2
+    assert changed_parts.encoder_changes(model.encoder) == ["blocks.0.attn_ln has eps=0.01"]
+
+
+def refer(encoder):
+    """Gives it a class that refers to it."""
+
+    class Referring(type(encoder)):
+        def itself(self):
+            return encoder
+
+    encoder.__class__ = Referring
+
+
+def test_what_is_known_keeps_no_module():
+    encoder = small().build().encoder
+    refer(encoder)
+    assert changed_parts.encoder_changes(encoder) == []
+    alive = weakref.ref(encoder)
+    del encoder
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_lazy_layer_inside_is_named(model):

@@ -43,8 +43,12 @@ def assert_upstreams_loop_runs(decode, plain, checkpoint, reason: str) -> None:
     """It gives what it gives unpatched, for this reason."""
     expected = decode(plain)
     with with_fallback():
-        assert_same(decode(checkpoint), expected)
+        found = decode(checkpoint)
         reasons = whisper_max.status().targets["decoding_loop"].reasons
+    if isinstance(expected, RuntimeError):
+        assert (type(found), str(found)) == (type(expected), str(expected))
+    else:
+        assert_same(found, expected)
     assert reason in reasons
 
 
@@ -123,7 +127,10 @@ def test_an_inference_that_has_decoded_before_its_task_runs(plain, checkpoint, m
         task = decoding.DecodingTask(model, dataclasses.replace(OPTIONS, sample_len=5))
         features = model.embed_audio(mel)
         task.inference.logits(torch.tensor([task.initial_tokens]), features)
-        return task.run(features)[0]
+        try:
+            return task.run(features)[0]
+        except RuntimeError as error:  # 20231117 cannot mask scores of so many keys
+            return error
 
     reason = "the inference is in the middle of a decode"
     assert_upstreams_loop_runs(decode, plain, checkpoint, reason)

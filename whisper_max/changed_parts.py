@@ -13,7 +13,7 @@ from itertools import chain, combinations
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import TYPE_CHECKING, NamedTuple
 
-from .known_parts import describe, is_known, keep
+from .known_parts import Description, describe, is_known, keep
 
 if TYPE_CHECKING:
     import torch
@@ -237,17 +237,23 @@ class _Classes:
 
 
 def _changes(module: nn.Module, *, decoder: bool, hooks: bool) -> list[str]:
-    # Described before it is looked at: what another thread changes meanwhile is another state.
-    names, parts = zip(*named_parts(module))
-    description = describe(names, parts, _SETTINGS_READ)
-    if is_known(module, description) and not _are_other_ways(parts, hooks):
+    named = named_parts(module)
+    description = _describe(named)
+    parts = [part for _, part in named]
+    if is_known(module, decoder, description) and not _are_other_ways(parts, hooks):
         return []
     changes = list(_changes_found(module, decoder=decoder, hooks=hooks))
-    if not changes and description is not None:
+    # What another thread changes while it is looked at is another state before or after.
+    if not changes and description is not None and description == _describe(named_parts(module)):
         # What stands for nothing there may be a method later, under the same name.
         if _METHODS_OF_ONE.isdisjoint(chain.from_iterable(description.attributes)):
-            keep(module, description)
+            keep(module, decoder, description)
     return changes
+
+
+def _describe(named: Sequence[tuple[str, nn.Module]]) -> Description | None:
+    names, parts = zip(*named)
+    return describe(names, parts, _SETTINGS_READ)
 
 
 def _are_other_ways(parts: Sequence[nn.Module], hooks: bool) -> bool:

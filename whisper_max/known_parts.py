@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Size, nn
 
-_known: dict[int, tuple[weakref.ref[nn.Module], Description]] = {}
-"""By identity: a class may give its modules another equality."""
+_known: dict[tuple[int, bool], tuple[weakref.ref[nn.Module], Description]] = {}
+"""By identity, since a class may give its modules another equality, and by what it was seen as."""
+
+_PLAIN = (bool, float, int, str, type(None))
+"""Whose values do not change; what else equals them, such as an array, may."""
 
 
 class Description(NamedTuple):
@@ -24,7 +27,7 @@ class Description(NamedTuple):
     """
 
     names: Sequence[str]
-    classes: list[type]
+    classes: list[weakref.ref[type]]  # which may refer to a model
     attributes: list[tuple[str, ...]]
     places: list[list[tuple[str, ...]]]
     shapes: list[Size | None]
@@ -34,7 +37,7 @@ class Description(NamedTuple):
 def describe(
     names: Sequence[str], parts: Sequence[nn.Module], settings: Mapping[str, Sequence[str]]
 ) -> Description | None:
-    """Describes a module by its parts; None where one is no module, or a tensor has no shape yet.
+    """Describes a module by its parts; None where they are such that they do not let it.
 
     settings : by the name of a class, of which attributes values are part of the description
     """
@@ -42,31 +45,32 @@ def describe(
         owns = list(map(vars, parts))
         kinds = [[own[kind] for own in owns] for kind in ("_parameters", "_buffers", "_modules")]
         tensors = chain.from_iterable(own.values() for own in chain(*kinds[:2]))
-        shapes = [None if tensor is None else tensor.shape for tensor in tensors]
-    except (AttributeError, KeyError, RuntimeError, TypeError):
+        classes = list(map(type, parts))
+        return Description(
+            names,
+            list(map(weakref.ref, classes)),
+            list(map(tuple, owns)),
+            [list(map(tuple, kind)) for kind in kinds],
+            [None if tensor is None else tensor.shape for tensor in tensors],
+            [
+                getattr(part, name, None)
+                for part, cls in zip(parts, classes)
+                for name in settings.get(cls.__name__, ())
+            ],
+        )
+    except Exception:  # of somebody else's: it is looked at then, which finds what it is
         return None
-    classes = list(map(type, parts))
-    return Description(
-        names,
-        classes,
-        list(map(tuple, owns)),
-        [list(map(tuple, kind)) for kind in kinds],
-        shapes,
-        [
-            getattr(part, name, None)
-            for part, cls in zip(parts, classes)
-            for name in settings.get(cls.__name__, ())
-        ],
-    )
 
 
-def is_known(module: nn.Module, description: Description | None) -> bool:
+def is_known(module: nn.Module, decoder: bool, description: Description | None) -> bool:
     """Whether this is what was kept of a module."""
-    of, known = _known.get(id(module), (None, None))
-    return description is not None and of is not None and of() is module and known == description
+    of, known = _known.get((id(module), decoder), (None, None))
+    return of is not None and of() is module and description is not None and known == description
 
 
-def keep(module: nn.Module, description: Description) -> None:
-    """Nothing was found in a module like this. Gone with the module."""
-    key = id(module)
-    _known[key] = weakref.ref(module, lambda _: _known.pop(key, None)), description
+def keep(module: nn.Module, decoder: bool, description: Description) -> None:
+    """Nothing was found in a module like this, seen as a decoder or an encoder. Gone with it."""
+    values = chain.from_iterable(v if type(v) is tuple else (v,) for v in description.settings)
+    if all(type(value) in _PLAIN for value in values):
+        key = id(module), decoder
+        _known[key] = weakref.ref(module, lambda _: _known.pop(key, None)), description
