@@ -279,6 +279,19 @@ def test_what_a_signal_handler_raises_is_the_programs(raised):
         signal.signal(signal.SIGALRM, before)
 
 
+def test_where_pytorch_fills_memory_that_is_empty(model):
+    """Told to be deterministic, it does: caches are from elsewhere then, and results the same."""
+    with on_max():
+        whisper_max.accelerate(model)
+        expected = model.decoder(TOKENS, FEATURES)
+        torch.use_deterministic_algorithms(True)
+        try:
+            found = model.decoder(TOKENS, FEATURES)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert torch.equal(found, expected)
+
+
 def test_a_parameter_that_refers_to_its_model_does_not_keep_it():
     model = small().build().requires_grad_()
     model.encoder.conv1.weight.register_hook(lambda gradient, model=model: gradient)

@@ -100,6 +100,35 @@ def test_damaged_artifact_is_removed_with_one_warning_and_rebuilt(compiling, cap
     assert count() == 2
 
 
+def time_is_over(*args, **kwargs):
+    raise TimeoutError("time is over")
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("the program has failed")
+
+
+@pytest.mark.parametrize(
+    ("function", "interrupt"),
+    [
+        ("whisper_max.runtime.cache_folder.json.loads", time_is_over),
+        ("whisper_max.runtime.artifacts.read_private", time_is_over),
+        ("max.engine.read", time_is_over),
+        ("max.engine.read", fail),
+    ],
+)
+def test_what_a_signal_handler_raises_removes_no_artifact(
+    compiling, caplog, monkeypatch, function, interrupt
+):
+    """Python runs handlers behind a call of native code: the error is the program's."""
+    assert ensure(compiling.key, compiling.cache).ready
+    with monkeypatch.context() as patch, pytest.raises((TimeoutError, RuntimeError)) as raised:
+        patch.setattr(function, interrupt)
+        artifacts.read(compiling.key, compiling.cache)
+    assert str(raised.value) in ("time is over", "the program has failed")
+    assert artifacts.find(compiling.key, compiling.cache) is not None and not warnings(caplog)
+
+
 def test_artifact_that_is_being_replaced_is_left_alone(compiling, caplog):
     cache = compiling.cache
     assert ensure(KEY, cache).ready

@@ -102,6 +102,45 @@ def test_without_huge_pages_memory_is_pytorchs(monkeypatch):
     assert tensor.shape == (2, 1024, 1024) and tensor.untyped_storage().resizable()
 
 
+def time_is_over(*args):
+    raise TimeoutError("time is over")
+
+
+@pytest.mark.parametrize("where", ["__setitem__", "madvise"])
+def test_what_a_signal_handler_raises_is_the_programs(mapped, monkeypatch, where):
+    """`TimeoutError` is an error of the system's class, and none of the system's."""
+    monkeypatch.setattr(mapped, where, time_is_over)
+    with pytest.raises(TimeoutError, match="time is over"):
+        three_pages()
+
+
+def test_what_a_signal_handler_raises_while_pages_are_joined(mapped, monkeypatch):
+    mapped.pauses += [0, 0.25]
+    tensor = three_pages()
+    monkeypatch.setattr(mapped, "madvise", time_is_over)
+    with pytest.raises(TimeoutError, match="time is over"):
+        windows(1)
+    del tensor
+
+
+def test_memory_that_is_not_written_is_not_taken():
+    """Also where PyTorch fills what it has not been told the numbers of."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        before = resident()
+        tensor = memory.untouched((64, 1024, 1024), torch.float32)
+        assert resident() < before + (16 << 20)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert type(tensor) is torch.Tensor and tensor.shape == (64, 1024, 1024)
+    tensor[3, 4, 5] = 6.0
+    assert tensor[3, 4].sum() == 6.0
+
+
 def test_too_much_is_pytorchs_error():
     with pytest.raises(RuntimeError, match="memory"):
         memory.empty((1 << 50,), torch.int8)

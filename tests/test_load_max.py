@@ -68,3 +68,44 @@ def test_names_of_max_that_are_private_are_there():
     assert callable(max.engine.Model._execute_device_tensors)
     assert callable(_DEFAULT_MLIR_CONTEXT.__enter__)
     assert callable(max.engine.api.faulthandler.register)
+
+
+def test_a_signal_handler_while_max_is_imported():
+    """One that raises stops that import, not the next one; one that decodes has to do without."""
+    program = """
+import sys
+
+class Alarm:
+    handlers = []
+    def find_spec(self, name, path=None, target=None):
+        if name == "max" and self.handlers:
+            self.handlers.pop(0)()
+
+def decode():
+    try:
+        first_use.runtime()
+    except UnsupportedByMax as refused:
+        print(refused)
+
+def stop():
+    raise TimeoutError("time is over")
+
+from whisper_max import first_use
+from whisper_max.conditions import UnsupportedByMax
+
+sys.meta_path.insert(0, Alarm())
+Alarm.handlers += [stop, decode]
+for _ in range(2):
+    try:
+        print(first_use.runtime().__name__)
+    except TimeoutError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "time is over",
+        "a signal's handler decodes while MAX is being imported",
+        "whisper_max.runtime.by_device",
+    ]

@@ -8,6 +8,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -62,6 +64,20 @@ def test_equality_is_pytorchs(numbers, other):
 def two_threads():
     with pytorch_threads(2):
         yield
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="PyTorch without OpenMP")
+def test_a_signal_handler_that_raises_on_the_way_in(monkeypatch):
+    """PyTorch's threads come back."""
+    stand_in = SimpleNamespace(
+        omp_set_num_threads=on_one_thread._pytorch.omp_set_num_threads,
+        MKL_Set_Num_Threads_Local=Mock(side_effect=[KeyboardInterrupt, None]),
+    )
+    monkeypatch.setattr(on_one_thread, "_pytorch", stand_in)
+    with pytest.raises(KeyboardInterrupt), on_one_thread.only_this_thread():
+        raise AssertionError
+    assert torch.get_num_threads() == on_one_thread.pytorch_threads() == 2
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -6,6 +6,7 @@ import os
 import threading
 from types import ModuleType
 
+from . import report
 from .conditions import UnsupportedByMax
 
 
@@ -17,15 +18,25 @@ def runtime() -> ModuleType:
 
     Raises UnsupportedByMax where MAX cannot be imported: another module may have its name.
     """
-    global _failure
+    global _failure, _imports
     if _failure is not None:  # once is enough: each call would try anew
         raise UnsupportedByMax(_failure)
     try:
         with _importing:
-            from .runtime import by_device
+            if _imports:  # the lock is this thread's
+                raise UnsupportedByMax("a signal's handler decodes while MAX is being imported")
+            _imports = True
+            try:
+                from .runtime import by_device
+            finally:
+                _imports = False
     except (ImportError, OSError) as error:
         if (getattr(error, "name", None) or "").startswith(__package__):  # a fault of ours
             raise
+        if isinstance(error, OSError) and not (
+            report.is_of_the_system(error) or report.is_of_max(error, *_IMPORT)
+        ):
+            raise  # of a signal's handler
         _failure = f"MAX cannot be imported: {error}"
         raise UnsupportedByMax(_failure) from error
 
@@ -37,7 +48,11 @@ def _renew_lock() -> None:
     _importing = threading.RLock()
 
 
+_IMPORT = ("_frozen_importlib", "_frozen_importlib_external", "importlib", "ctypes")
+"""What raises where a file or a library cannot be read."""
+
 _failure: str | None = None
+_imports = False
 _importing = threading.RLock()
 os.register_at_fork(
     before=lambda: _importing.acquire(),

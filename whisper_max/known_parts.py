@@ -42,24 +42,34 @@ def describe(
     settings : by the name of a class, of which attributes values are part of the description
     """
     try:
-        owns = list(map(vars, parts))
-        kinds = [[own[kind] for own in owns] for kind in ("_parameters", "_buffers", "_modules")]
-        tensors = chain.from_iterable(own.values() for own in chain(*kinds[:2]))
-        classes = list(map(type, parts))
-        return Description(
-            names,
-            list(map(weakref.ref, classes)),
-            list(map(tuple, owns)),
-            [list(map(tuple, kind)) for kind in kinds],
-            [None if tensor is None else tensor.shape for tensor in tensors],
-            [
-                getattr(part, name, None)
-                for part, cls in zip(parts, classes)
-                for name in settings.get(cls.__name__, ())
-            ],
-        )
-    except Exception:  # of somebody else's: it is looked at then, which finds what it is
-        return None
+        return _described(names, parts, settings)
+    except Exception:
+        try:
+            _described(names, parts, settings)
+        except Exception:  # of somebody else's part, which is looked at then
+            return None
+        raise  # of a signal's handler
+
+
+def _described(
+    names: Sequence[str], parts: Sequence[nn.Module], settings: Mapping[str, Sequence[str]]
+) -> Description:
+    owns = list(map(vars, parts))
+    kinds = [[own[kind] for own in owns] for kind in ("_parameters", "_buffers", "_modules")]
+    tensors = chain.from_iterable(own.values() for own in chain(*kinds[:2]))
+    classes = list(map(type, parts))
+    return Description(
+        names,
+        list(map(weakref.ref, classes)),
+        list(map(tuple, owns)),
+        [list(map(tuple, kind)) for kind in kinds],
+        [None if tensor is None else tensor.shape for tensor in tensors],
+        [
+            getattr(part, name, None)
+            for part, cls in zip(parts, classes)
+            for name in settings.get(cls.__name__, ())
+        ],
+    )
 
 
 def is_known(module: nn.Module, decoder: bool, description: Description | None) -> bool:

@@ -40,18 +40,19 @@ def only_this_thread() -> Iterator[None]:
     if before == 1 or not hasattr(_pytorch, "omp_set_num_threads"):
         yield
         return
-    _pytorch.omp_set_num_threads(1)
     # Intel's MKL, of which some functions are, has a number of its own; 0 stands for OpenMP's.
     mkl = getattr(_pytorch, "MKL_Set_Num_Threads_Local", lambda count: 0)
-    mkl_before = mkl(1)
-    _before.count = before
-    try:
+    mkl_before = 0
+    try:  # before anything is set: a signal's handler may raise
+        _pytorch.omp_set_num_threads(1)
+        mkl_before = mkl(1)
+        _before.count = before
         yield
     finally:
-        _before.count = 0
-        mkl(mkl_before)
         if torch.get_num_threads() == 1:  # nobody has set another number meanwhile
             _pytorch.omp_set_num_threads(before)
+        _before.count = 0
+        mkl(mkl_before)
 
 
 class _Decode(threading.local):

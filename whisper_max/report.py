@@ -201,8 +201,18 @@ _NATIVE = ("max", "torch", "numpy", __package__)
 """Packages of native code, and ours, which calls it."""
 
 
-def is_of_max(error: Exception) -> bool:
+def is_of_the_system(error: OSError) -> bool:
+    """Whether the system refused something, which it does by a number.
+
+    A handler of a signal may raise such an error as well: `TimeoutError` is one.
+    """
+    return error.errno is not None
+
+
+def is_of_max(error: Exception, *others: str) -> bool:
     """Whether an error was raised by MAX, or by native code that we or PyTorch called.
+
+    others : packages that may have raised it as well
 
     What else raises while native code runs is a handler of a signal: the user's, or PyTorch's own
     for the workers of a DataLoader. Or another thread has raised it in this one, which leaves no
@@ -215,7 +225,8 @@ def is_of_max(error: Exception) -> bool:
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     module = str(traceback.tb_frame.f_globals.get("__name__"))
-    return module.partition(".")[0] in _NATIVE and not module.startswith("torch.utils.data.")
+    package = module.partition(".")[0]
+    return package in (*_NATIVE, *others) and not module.startswith("torch.utils.data.")
 
 
 def tells_of_memory(error: Exception) -> bool:

@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import report
 from .artifact_key import ArtifactKey
 from .cache_folder import lock, open_cache, publish, read_json, read_private
 from .cache_folder import size_of, write_json
@@ -62,6 +63,8 @@ def read(key: ArtifactKey, cache_dir: str | os.PathLike[str]) -> CompiledModel |
     try:
         content = read_private(path)
     except OSError as error:
+        if not report.is_of_the_system(error):
+            raise
         return _discard(path, f"it cannot be read ({error.strerror})")
     if hashlib.sha256(content).hexdigest() != record.get("sha256"):
         return _discard(path, "its bytes are not those that were written")
@@ -72,6 +75,8 @@ def read(key: ArtifactKey, cache_dir: str | os.PathLike[str]) -> CompiledModel |
         # The bytes that were checked, not the path: the file may be exchanged in between.
         return engine.read(BytesIO(content))
     except RuntimeError as error:  # what MAX raises for every file that it does not understand
+        if not report.is_of_max(error):
+            raise
         return _discard(path, f"MAX cannot read it ({error})")
 
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..report import is_of_the_system
+
 REMEDY = "set WHISPER_MAX_CACHE_DIR to a folder that belongs to you and only you can write to"
 
 
@@ -40,6 +42,8 @@ def open_cache(cache_dir: str | os.PathLike[str], *, create: bool = False) -> Pa
             return None
         raise _refused(folder, f"cannot be made: {error.strerror}") from error
     except OSError as error:
+        if not is_of_the_system(error):
+            raise
         raise _refused(folder, f"cannot be used: {error.strerror}") from error
     _check_owner(folder, status)
     if create and not _writable(folder):
@@ -77,7 +81,11 @@ def read_json(path: Path) -> dict | None:
     """The object in the file, or None when it is missing or damaged."""
     try:
         content = json.loads(read_private(path))
-    except (OSError, ValueError):  # ValueError: neither JSON nor UTF-8
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    except OSError as error:
+        if not is_of_the_system(error):
+            raise
         return None
     return content if isinstance(content, dict) else None
 
@@ -110,7 +118,9 @@ def is_locked(path: Path) -> bool:
     """Whether a process holds the lock `path`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if not is_of_the_system(error):
+            raise
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

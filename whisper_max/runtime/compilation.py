@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..report import is_of_the_system
 from ..settings import COMPILE_POLICIES
 from .artifact_key import ArtifactKey
 from .artifacts import compile_seconds, failure, find
@@ -117,6 +118,8 @@ def ensure(
     try:
         child = _start(key, folder, policy, force, limit_seconds, compiler)
     except OSError as error:  # no process to be had, or no file: a quota, a limit
+        if not is_of_the_system(error):
+            raise
         return ArtifactState("missing", f"{found.reason}: the compile cannot start ({error})")
     if policy == "blocking":
         _wait(child, key, folder, progress)

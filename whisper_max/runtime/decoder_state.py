@@ -12,6 +12,7 @@ from max.driver import Buffer
 from ..conditions import UnsupportedByMax
 from ..graphs.specification import HEAD_DIM, MASKED
 from ..rule import Rule
+from . import memory
 from .cross_cache import CrossCache
 from .tensors import Tables, int32, to_buffer
 
@@ -36,7 +37,7 @@ class DecoderState:
         self.length = 0
         # Memory is touched, and so taken, only as positions are filled.
         shape = (layers, 2, rows, heads, n_text_ctx, HEAD_DIM)
-        self.self_cache = to_buffer(torch.empty(shape, dtype=torch.float32, device="cpu"))
+        self.self_cache = to_buffer(memory.untouched(shape, torch.float32))
         # A position's keys and values stand in the row that appends it, until rows are reordered.
         self.source = np.repeat(np.arange(rows, dtype=np.int32)[:, None], n_text_ctx, axis=1)
         # MAX sees what is written to it: making a buffer takes longer than a step's Python may.

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
+from ..report import is_of_the_system
 from ..settings import CPU_LEVELS
 from .limits import affinity, available_memory, threads
 
@@ -120,5 +121,7 @@ def _request_tiles() -> bool:
 def _cpuinfo() -> str:
     try:
         return CPUINFO.read_text(errors="replace")
-    except OSError:  # not Linux, or /proc is not mounted
+    except OSError as error:  # not Linux, or /proc is not mounted
+        if not is_of_the_system(error):
+            raise
         return ""

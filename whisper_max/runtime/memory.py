@@ -8,10 +8,11 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
+
+from ..report import is_of_the_system
 
 LARGE = 4 << 20
 """Bytes; below, a share of a huge page would be wasted."""
@@ -82,7 +83,9 @@ class HugePages:
 def _can_join(mapping: mmap.mmap) -> bool:
     try:
         mapping.madvise(_MADV_COLLAPSE, 0, 0)  # of nothing
-    except OSError:
+    except OSError as error:
+        if not is_of_the_system(error):
+            raise
         return False
     return True
 
@@ -101,8 +104,11 @@ def _come_quickly(mapping: mmap.mmap, pages: range) -> bool:
 
 def _join(mapping: mmap.mmap, page: int) -> None:
     """Moves small pages into a huge one, if the system can. Who reads them does not notice."""
-    with suppress(OSError):
+    try:
         mapping.madvise(_MADV_COLLAPSE, page, HUGE_PAGE)
+    except OSError as error:
+        if not is_of_the_system(error):
+            raise
 
 
 huge_pages = HugePages()
@@ -115,6 +121,21 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu")
     try:
         tensor = huge_pages.allocate(size)
-    except OSError:  # no more memory, or a kernel without huge pages: PyTorch's way, and its error
+    except OSError as error:
+        if not is_of_the_system(error):
+            raise
+        # No more memory, or a kernel without huge pages: PyTorch's way, and its error.
         return torch.empty(shape, dtype=dtype, device="cpu")
     return tensor.view(dtype).view(*shape)
+
+
+def untouched(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialized tensor on the CPU of which memory is taken only where it is written.
+
+    `torch.empty` writes to all of it, where PyTorch is told to be deterministic.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    size = math.prod(shape) * dtype.itemsize
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(mapping, dtype=dtype).view(*shape)
