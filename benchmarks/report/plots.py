@@ -121,8 +121,8 @@ def first_run_figure(first_run: FirstRun) -> Figure:
     if first_run.changed >= 0:
         moment = times[first_run.changed]
         axes.axvline(moment, color="black", linewidth=0.8, linestyle="--")
-        place = axes.get_xaxis_transform()  # upwards in shares of the height: clear of the line
-        axes.text(moment, 0.3, "MAX takes over ", ha="right", transform=place)
+        place = axes.get_xaxis_transform()  # upwards in shares of the height
+        axes.text(moment, 0.6, "MAX takes over ", ha="right", transform=place)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("seconds since the script was started")
