@@ -39,11 +39,11 @@ def measure_first_run(
         turns.append((plain, patched))
     # The script repeats its recordings, so later texts are known as well.
     texts = {place % len(FIRST_RUN): line["text"] for place, line in enumerate(turns[0][0])}
-    on_max = [line["on_max"] for line in patched]
+    on_max = [line["on_max"] for line in turns[-1][1]]
     return FirstRun(
         model=model,
-        plain=[[line["time"] for line in plain] for plain, _ in turns],
-        patched=[[line["time"] for line in patched] for _, patched in turns],
+        plain=[[line["time"] for line in lines] for lines, _ in turns],
+        patched=[[line["time"] for line in lines] for _, lines in turns],
         changed=on_max.index(True) if True in on_max else -1,
         identical=all(
             line["text"] == texts[place % len(FIRST_RUN)]
