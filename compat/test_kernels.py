@@ -240,6 +240,21 @@ def test_gelu_everywhere(engine):
     assert relative < 2**-20
 
 
+BFLOAT16 = [way for way in PRODUCTS if way[1] == "bfloat16"]
+
+
+@pytest.mark.skipif(not BFLOAT16, reason="the CPU does not multiply bfloat16")
+@pytest.mark.parametrize("way", BFLOAT16)
+def test_gelu_of_what_is_rounded_next(engine, way):
+    """Many rows have a shorter one, where bfloat16 holds what they are; and far out the same."""
+    x = torch.linspace(-12, 12, 64 * 1000).bfloat16().float().view(1, 1000, 64)
+    x[0, 0, :2] = torch.tensor([-8192.0, 8192.0])
+    found = run_linear(engine, way, x, torch.eye(64).half(), ABSENT, torch.zeros(64), gelu=True)
+    error = (found - F.gelu(x.double())).abs()
+    assert error.max() < 4.1e-5
+    assert error[x.abs() > 6].max() < 1e-7
+
+
 # Many rows: what gets lost of a mean far from zero is one number per row, and chance.
 @given(st.integers(1, 3), st.integers(20, 70), LENGTHS, seeds, st.sampled_from([0.0, 1.0, 100.0]))
 def test_layer_norm(engine, batch, rows, length, seed, mean):

@@ -221,7 +221,7 @@ struct Attention[type: DType, width: Int, tiles: Bool](ImplicitlyCopyable):
             Work: def(Int, Int) -> None, //
         ](first_row: Int, panel: Int, work: Work) {imm}:
             var to = scores_of(first_row, panel)
-            multiply_tiles[parts](
+            multiply_tiles[parts, apart=False](
                 query.unsafe_offset(first_row * parts * HEAD_DIM),
                 parts * HEAD_DIM,
                 parts * PAIRS_STEP,

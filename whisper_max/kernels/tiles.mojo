@@ -6,8 +6,9 @@ of a panel of the right one is 16 lines of 32 groups (products.mojo). An operand
 each step twice over, first what bfloat16 takes of a float32, then what it takes of the rest. Three
 products of parts then make one of float32, but for 2^-16 of it.
 
-Four of the eight registers are written, no more: two hyperthreads share what stands behind their
-names, and beside a busy one a loop that writes all eight waits for each load (docs/kernels.md).
+Five of the eight registers are written, no more, and operands are zeroed when they have been
+multiplied: two hyperthreads share what stands behind the names, and beside a busy one a loop that
+holds all eight waits for each load (docs/kernels.md).
 
 LLVM offers these instructions only where they are asked for at the command line: so assembly.
 """
@@ -22,6 +23,9 @@ comptime STEP_BYTES = 64
 """Of a row, and the bytes of a row of a tile."""
 comptime PANEL_STEP_BYTES = TILE_ROWS * PANEL * 4
 comptime PANEL_LINE_BYTES = PANEL * 4
+comptime APART = "\n\t.rept 8\n\tnop\n\t.endr\n\t"
+"""Between two instructions on tiles with no other work between them: beside a busy hyperthread it is
+done sooner so, by a tenth (docs/kernels.md)."""
 
 
 @always_inline
@@ -69,25 +73,28 @@ def turns_of[parts: Int]() -> Int:
 
 @always_inline
 def multiply_step[
-    Work: def(Int) -> None, //, product: DType, parts: Int
+    Work: def(Int) -> None, //, product: DType, parts: Int, apart: Bool
 ](left: Int, right: Int, stride: Int, work: Work):
     """Adds the products of a step to both tiles of sums: unsigned rows by signed columns, if bytes.
 
-    The rows go to tile 2, one half of a panel after the other to tile 3. Of two parts the small
-    products come first. While a tile is loaded and the one before multiplied the core has time for
+    The rows go to tile 2, the halves of a panel to tiles 3 and 4. Of two parts the small products
+    come first and last. While a tile is loaded and the one before multiplied the core has time for
     `work(turn)`, which `turns_of` counts.
     """
     comptime assert STEP_BYTES == 64 and PANEL_STEP_BYTES == 2048  # as the addresses have it
-    comptime rows = "tileloadd ($0,$2,1), %tmm2"
-    comptime rest_of_rows = "tileloadd 64($0,$2,1), %tmm2"
-    comptime left_half = "tileloadd ($1,$3,1), %tmm3"
-    comptime right_half = "tileloadd 64($1,$3,1), %tmm3"
-    comptime rest_of_left_half = "tileloadd 2048($1,$3,1), %tmm3"
-    comptime rest_of_right_half = "tileloadd 2112($1,$3,1), %tmm3"
+    comptime then = APART if apart else "\n\t"
+    comptime rows = "tileloadd ($0,$2,1), %tmm2" + then
+    comptime rest_of_rows = "tileloadd 64($0,$2,1), %tmm2" + then
+    comptime left_half = "tileloadd ($1,$3,1), %tmm3" + then
+    comptime right_half = "tileloadd 64($1,$3,1), %tmm4" + then
+    comptime rest_of_left_half = "tileloadd 2048($1,$3,1), %tmm3" + then
+    comptime rest_of_right_half = "tileloadd 2112($1,$3,1), %tmm4" + then
     comptime name = "tdpbusd" if product == DType.int8 else "tdpbf16ps"
-    comptime to_left = name + " %tmm3, %tmm2, %tmm0"
-    comptime to_right = name + " %tmm3, %tmm2, %tmm1"
-    comptime then = "\n\t"
+    comptime to_left = name + " %tmm3, %tmm2, %tmm0" + then
+    comptime to_right = name + " %tmm4, %tmm2, %tmm1" + then
+    comptime leave_rows = "tilezero %tmm2" + then
+    comptime leave_left_half = "tilezero %tmm3" + then
+    comptime leave_right_half = "tilezero %tmm4" + then
 
     @always_inline
     def run[text: StaticString]() {imm}:
@@ -96,30 +103,30 @@ def multiply_step[
         )
 
     comptime if parts == 2:
-        run[rest_of_rows + then + left_half]()
+        run[rest_of_rows + left_half]()
         work(0)
-        run[to_left + then + right_half]()
+        run[to_left + right_half]()
         work(1)
-        run[to_right + then + rows]()
+        run[to_right + leave_rows + rows]()
         work(2)
-        run[to_right + then + rest_of_right_half]()
+        run[to_left + leave_left_half]()
         work(3)
-        run[to_right + then + rest_of_left_half]()
+        run[to_right + leave_right_half + rest_of_left_half]()
         work(4)
-        run[to_left + then + left_half]()
+        run[to_left + leave_left_half + rest_of_right_half]()
         work(5)
-        run[to_left]()
+        run[to_right + leave_rows + leave_right_half]()
     else:
-        run[rows + then + left_half]()
+        run[rows + left_half]()
         work(0)
-        run[to_left + then + right_half]()
+        run[to_left + leave_left_half + right_half]()
         work(1)
-        run[to_right]()
+        run[to_right + leave_rows + leave_right_half]()
 
 
 @always_inline
 def multiply_tiles[
-    type: DType, Work: def(Int, Int) -> None, //, parts: Int
+    type: DType, Work: def(Int, Int) -> None, //, parts: Int, apart: Bool = True
 ](
     rows: Packed[type],
     row_stride: Int,
@@ -134,6 +141,8 @@ def multiply_tiles[
     From row to row there are `row_stride` numbers of the operands, from one step of the rows to the
     next `step`. Between the instructions other work is done: `work(i, turn)` for each step and each
     of `turns_of` it, in order. It leaves the tiles alone, and what is read and written here.
+
+    apart : whether there is no such work
     """
     comptime size = size_of[Scalar[type]]()
     var left = Int(rows)
@@ -145,7 +154,7 @@ def multiply_tiles[
         def of_step(turn: Int) {imm}:
             work(i, turn)
 
-        multiply_step[type, parts](left, right, size * row_stride, of_step)
+        multiply_step[type, parts, apart](left, right, size * row_stride, of_step)
         left += size * step
         right += parts * PANEL_STEP_BYTES
     inlined_assembly[
