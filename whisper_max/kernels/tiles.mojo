@@ -24,8 +24,8 @@ comptime STEP_BYTES = 64
 comptime PANEL_STEP_BYTES = TILE_ROWS * PANEL * 4
 comptime PANEL_LINE_BYTES = PANEL * 4
 comptime APART = "\n\t.rept 8\n\tnop\n\t.endr\n\t"
-"""Between two instructions on tiles with no other work between them: beside a busy hyperthread it is
-done sooner so, by a tenth (docs/kernels.md)."""
+"""Between two instructions on tiles that have no other work between them: beside a busy hyperthread
+they are done sooner so, by a tenth (docs/kernels.md)."""
 
 
 @always_inline
